@@ -1,0 +1,53 @@
+"""The personal slot of an MoE layer: grafted experts and the sigmoid gate that lets them speak (FLEx, step 3)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flex_jax.models.config import SlotConfig
+from flex_jax.models.lora import lora_delta
+from flex_jax.ops.experts import ExpertWeights
+
+
+class SlotProjection(nn.Module):
+    """One projection of the slot's r experts: trained in full (`kernel`), or a LoRA on grafted frozen weights."""
+
+    slot: SlotConfig
+
+    @nn.compact
+    def __call__(self, x, frozen):
+        """x [r, T, D] -> [r, T, F]; `frozen()` gives the grafted weights [r, D, F] where the slot has none."""
+        if self.has_variable("adapters", "kernel"):
+            return jnp.einsum("rtd,rdf->rtf", x, self.get_variable("adapters", "kernel").astype(x.dtype))
+        return jnp.einsum("rtd,rdf->rtf", x, frozen()) + lora_delta(self, self.slot.lora, x)
+
+
+class PersonalSlot(nn.Module):
+    """sum_j sigmoid(g_j . x) P_j(x): what the grafted experts add to the frozen layer's output."""
+
+    slot: SlotConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, weights: ExpertWeights) -> jax.Array:
+        """x [T, D], weights the layer's frozen experts. Returns [T, D].
+
+        The gate has a bias only where it starts closed. With LoRA on the experts their base weights are rows
+        `expert_index` [r] of the frozen ones, read and not kept.
+        """
+        width = weights.down.shape[1]
+
+        def grafted(stack):
+            return jnp.take(stack, self.get_variable("grafts", "expert_index"), axis=0)
+
+        gate = x @ self.get_variable("adapters", "gate").astype(x.dtype)  # [T, r]
+        if self.has_variable("adapters", "gate_bias"):
+            gate = gate + self.get_variable("adapters", "gate_bias").astype(x.dtype)
+        each = jnp.broadcast_to(x, (gate.shape[-1], *x.shape))
+
+        def project(name, rows, frozen):
+            return SlotProjection(self.slot, name=name)(rows, frozen)
+
+        gated = jax.nn.silu(project("gate_proj", each, lambda: grafted(weights.gate_up)[..., :width]))
+        hidden = gated * project("up_proj", each, lambda: grafted(weights.gate_up)[..., width:])
+        outputs = project("down_proj", hidden, lambda: grafted(weights.down))
+        return jnp.einsum("rtd,tr->td", outputs, jax.nn.sigmoid(gate))

@@ -1,0 +1,1 @@
+"""Array operators that know nothing of models: grouped expert matmuls, the frozen sparse experts, chunked loss."""
