@@ -1,0 +1,224 @@
+"""The schema of a run: every key with its default, its check and its meaning, in one table.
+
+A config file starts from `default_config()` and changes what it needs; `validate` names the first impossible value;
+`for_method` gives one method its own values where `overrides` asks for them.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from flex_jax.errors import InputError
+
+
+class Check(NamedTuple):
+    """What a value may be: the words of the error line, and the test."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+class Key(NamedTuple):
+    """One line of the schema."""
+
+    default: Any
+    check: Check
+    doc: str
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _is_distinct(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and all(map(accepts, value)) and len(set(value)) == len(value)
+
+
+def _at_least(low: int) -> Check:
+    return Check(f"an integer of at least {low}", lambda value: _is_integer(value) and value >= low)
+
+
+def _one_of(*choices: str) -> Check:
+    return Check(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+_POSITIVE = Check("a number above 0", lambda value: _is_number(value) and value > 0)
+_NOT_NEGATIVE = Check("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+_PROBABILITY = Check("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
+_TEXT = Check("a text that is not empty", _is_text)
+_ANY_TEXT = Check("a text", lambda value: isinstance(value, str))
+_TEXTS = Check("a tuple of different texts", lambda value: _is_distinct(value, _is_text))
+_METHODS = Check(
+    "a tuple of one or more different method names, such as ('flex', 'fedavg')",
+    lambda value: _is_distinct(value, lambda name: _is_text(name) and "," not in name) and value != (),
+)
+_SEEDS = Check(
+    "a tuple of one or more different integers from 0 to 4294967295, such as (0, 1)",
+    lambda value: _is_distinct(value, lambda seed: _is_integer(seed) and 0 <= seed < 2**32) and value != (),
+)
+
+SCHEMA = {
+    "methods": Key(("flex", "fedavg", "local"), _METHODS, "methods to run, each with every seed"),
+    "seeds": Key((0,), _SEEDS, "seeds of partition, initial values, batches and dropout"),
+    "rounds": Key(100, _at_least(1), "communication rounds"),
+    "local_steps": Key(5, _at_least(1), "optimiser steps of a client in a round"),
+    "batch_size": Key(4, _at_least(1), "examples in a client's step"),
+    "sequence_length": Key(512, _at_least(8), "tokens of prompt and response; longer examples are cut"),
+    "clients": Key(4, _at_least(1), "clients that the data is divided into"),
+    "cohort": Key(0, _at_least(0), "clients trained in a round; 0 is every client"),
+    "model.path": Key("tiny", _TEXT, "tiny (the embedded model) or a Hugging Face checkpoint directory"),
+    "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "type of the frozen weights"),
+    "data.path": Key("tiny", _TEXT, "tiny (the embedded data), a file, a directory or a Hugging Face data set"),
+    "data.split": Key("train", _TEXT, "split of a Hugging Face data set"),
+    "data.fields": Key("auto", _TEXT, "which columns hold instruction and response; auto finds out"),
+    "data.partition": Key(
+        "pathological",
+        _one_of("pathological", "dirichlet", "dirichlet_split", "iid", "column"),
+        "how examples are divided into clients",
+    ),
+    "data.column": Key("", _ANY_TEXT, "column that names an example's client, for the partition column"),
+    "data.categories": Key((), _TEXTS, "categories to keep; () is every one found"),
+    "data.alpha": Key(0.5, _POSITIVE, "concentration of the Dirichlet partitions; small is uneven"),
+    "data.examples_per_client": Key(0, _at_least(0), "training examples of a client; 0 is all (dirichlet: 1000)"),
+    "data.test_examples": Key(25, _at_least(1), "examples held out of a client (dirichlet: of a category, for all)"),
+    "lora.rank": Key(32, _at_least(1), "rank of the attention adapters"),
+    "lora.alpha": Key(64.0, _POSITIVE, "the attention adapters are scaled by alpha / rank"),
+    "lora.dropout": Key(0.05, _PROBABILITY, "dropout on the input of the attention adapters"),
+    "slot.experts": Key(1, _at_least(1), "pretrained experts grafted into a client's slot in each layer"),
+    "slot.selection": Key(
+        "reconstruction", _one_of("reconstruction", "random", "router"), "how the grafted experts are chosen"
+    ),
+    "slot.training": Key("full", _one_of("full", "lora"), "what is trained in the slot: weights or adapters"),
+    "slot.rank": Key(32, _at_least(1), "rank of the slot's adapters, for the training lora"),
+    "slot.alpha": Key(64.0, _POSITIVE, "the slot's adapters are scaled by alpha / rank"),
+    "slot.gate_init": Key("router", _one_of("router", "closed"), "first gate: the expert's router row, or closed"),
+    "slot.calibration_examples": Key(128, _at_least(1), "examples of a client that choose its grafted experts"),
+    "optimizer.learning_rate": Key(4e-5, _POSITIVE, "AdamW learning rate of the first round"),
+    "optimizer.final_learning_rate": Key(1e-6, _NOT_NEGATIVE, "learning rate of the last round, along a cosine"),
+    "optimizer.weight_decay": Key(0.0, _NOT_NEGATIVE, "AdamW weight decay"),
+    "optimizer.clip_norm": Key(1.0, _POSITIVE, "largest global norm of a step's gradient"),
+    "evaluation.max_new_tokens": Key(256, _at_least(1), "most tokens generated for an answer"),
+    "evaluation.batch_size": Key(8, _at_least(1), "examples evaluated at once"),
+    "evaluation.every": Key(0, _at_least(0), "rounds between evaluations of the loss; 0 is only at the end"),
+}
+SECTIONS = tuple(dict.fromkeys(key.split(".")[0] for key in SCHEMA if "." in key))
+OVERRIDABLE = {key: entry for key, entry in SCHEMA.items() if key.startswith(("lora.", "slot.", "optimizer."))}
+
+
+def default_config() -> ConfigDict:
+    """The paper's reference setting on the embedded model and data: type-safe, and locked but for `overrides`.
+
+    `config.overrides.flex = {"optimizer": {"learning_rate": 1e-3}}` gives one method a value of its own.
+    """
+    config = ConfigDict({section: {} for section in (*SECTIONS, "overrides")})
+    for key, entry in SCHEMA.items():
+        *section, name = key.split(".")
+        (config[section[0]] if section else config)[name] = entry.default
+    config.lock()
+    config.overrides.unlock()
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises InputError, naming the key and what is allowed, for the first value that no run can use."""
+    validate_keys(config)
+    for key, value in _flatten(config):
+        check = find_key(key).check
+        if not check.accepts(value):
+            raise InputError(f"config.{key} is {value!r}: must be {check.allowed}")
+    _validate_together(config, "")
+    for method in config.overrides:
+        _validate_together(_overridden(config, method), f" with config.overrides.{method}")
+
+
+def validate_keys(config: ConfigDict) -> None:
+    """Raises InputError unless the config has all keys of the schema and no other, whatever their values."""
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"the config is {config!r}: must be a default_config() with changes")
+    keys = [key for key, _ in _flatten(config)]
+    for key in keys:
+        find_key(key)
+    for key in SCHEMA:
+        if key not in keys:
+            raise InputError(f"config.{key} is missing: start from default_config()")
+    if "overrides" not in config:
+        raise InputError("config.overrides is missing: start from default_config()")
+
+
+def find_key(key: str) -> Key:
+    """The schema's line for a dotted key, which may be `overrides.METHOD.KEY`.
+
+    Raises:
+        InputError: the config has no such key; the message names the nearest one.
+    """
+    prefix, target = re.match(r"(overrides\.[^\W\d]\w*\.)?(.*)", key).groups(default="")
+    known = OVERRIDABLE if prefix else SCHEMA
+    if target in known:
+        return known[target]
+    if target in (*SECTIONS, "overrides"):
+        raise InputError(f"config.{key} is a section: its keys are set one by one")
+    reason = "is common to all methods" if target in SCHEMA else "is unknown"
+    raise InputError(f"config.{key} {reason}: the nearest known key is config.{prefix}{nearest_key(target, known)}")
+
+
+def nearest_key(key: str, known: Iterable[str] = SCHEMA) -> str:
+    """The known key most like `key`, as a whole and in its last part (`rank` is nearest to `lora.rank`)."""
+
+    def likeness(candidate: str) -> float:
+        pairs = (key, candidate), (key.split(".")[-1], candidate.split(".")[-1])
+        return sum(SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(known, key=likeness)
+
+
+def for_method(config: ConfigDict, name: str) -> ConfigDict:
+    """The config of the method `name`: a copy with its overrides applied and none left.
+
+    Raises:
+        InputError: as `validate`.
+    """
+    validate(config)
+    return _overridden(config, name)
+
+
+def _flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _overridden(config: ConfigDict, name: str) -> ConfigDict:
+    result = config.copy_and_resolve_references()
+    result.update(config.overrides.get(name, ConfigDict()))
+    result.overrides = ConfigDict()
+    return result
+
+
+def _validate_together(config: ConfigDict, where: str) -> None:
+    """The checks that need two keys."""
+    if config.cohort > config.clients:
+        raise InputError(
+            f"config.cohort is {config.cohort}: must be at most config.clients, {config.clients}, or 0 for every client"
+        )
+    if config.data.partition == "column" and not config.data.column.strip():
+        raise InputError("config.data.column is empty: must name a column where config.data.partition is 'column'")
+    first, final = config.optimizer.learning_rate, config.optimizer.final_learning_rate
+    if final > first:
+        raise InputError(
+            f"config.optimizer.final_learning_rate is {final}{where}: "
+            f"must be at most config.optimizer.learning_rate, {first}"
+        )

@@ -1,0 +1,1 @@
+"""Evaluation: what the trained clients answer, and how good it is."""

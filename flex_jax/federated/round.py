@@ -1,0 +1,53 @@
+"""A federated round: one jitted function from state and batches to state and metrics."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from flex_jax.data.batches import Batch
+from flex_jax.federated.client import client_round, local_optimizer
+from flex_jax.federated.server import aggregate
+from flex_jax.federated.state import Frozen, RoundState
+from flex_jax.models.decoder import Decoder
+
+RoundFunction = Callable[..., tuple[RoundState, dict[str, jax.Array]]]
+
+
+def cosine(round, rounds: int, first: float, last: float):
+    """The learning rate of a round: from `first` down towards `last` along a half cosine over the run."""
+    return last + 0.5 * (first - last) * (1.0 + jnp.cos(jnp.pi * round / rounds))
+
+
+def make_round(
+    model: Decoder,
+    *,
+    rounds: int,
+    learning_rate: float,
+    final_learning_rate: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> RoundFunction:
+    """round_fn(frozen, state, batches, cohort, num_examples) -> (state, metrics), compiled once for all rounds.
+
+    frozen: see `Frozen`, one copy for all clients; batches: leading axes [C, steps, B, S]; cohort [C] int32, the rows
+    of `state.clients` that take part; num_examples [C] float32. The cohort is a `vmap` of `client_round`, and the
+    server's mean is in the same jit. Metrics have a leading axis C, except `learning_rate`. The state is donated.
+    """
+
+    @partial(jax.jit, donate_argnums=1)
+    def round_fn(frozen: Frozen, state: RoundState, batches: Batch, cohort, num_examples):
+        rate = cosine(state.round, rounds, learning_rate, final_learning_rate)
+        optimizer = local_optimizer(rate, weight_decay=weight_decay, clip_norm=clip_norm)
+        round_key = jax.random.fold_in(state.key, state.round)
+        keys = jax.vmap(partial(jax.random.fold_in, round_key))(cohort)
+        taking_part = jax.tree.map(lambda leaf: leaf[cohort], state.clients)
+        train = partial(client_round, model, optimizer, frozen, state.server.shared)
+        updates = jax.vmap(train)(taking_part, batches, num_examples, keys)
+        server = aggregate(state.server, updates.delta, updates.num_examples)
+        clients = jax.tree.map(lambda leaf, rows: leaf.at[cohort].set(rows), state.clients, updates.state)
+        new_state = RoundState(state.round + 1, server, clients, state.key)
+        return new_state, updates.metrics | {"learning_rate": rate}
+
+    return round_fn

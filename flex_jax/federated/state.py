@@ -1,0 +1,41 @@
+"""The plain data of federated training."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Frozen(NamedTuple):
+    """What no one trains, stored once for all clients."""
+
+    params: dict  # the pretrained backbone
+    adapters: dict  # adapters of role "frozen"
+
+
+class ServerState(NamedTuple):
+    shared: dict
+
+
+class ClientState(NamedTuple):
+    """What a client keeps to itself. In RoundState every leaf has a leading axis N, one row a client."""
+
+    personal: dict
+    grafts: dict  # which pretrained experts its slots came from; int32, fixed
+
+
+class ClientUpdate(NamedTuple):
+    """What comes out of one client's round. The server is handed `delta` and `num_examples`, nothing else."""
+
+    delta: dict  # trained shared - received shared
+    num_examples: jax.Array  # [] training examples the client has
+    state: ClientState
+    metrics: dict[str, jax.Array]
+
+
+class RoundState(NamedTuple):
+    """All that a checkpoint holds; the backbone is not in it."""
+
+    round: jax.Array  # [] int32: rounds done
+    server: ServerState
+    clients: ClientState
+    key: jax.Array  # the run's key; round and client are folded into it, it never changes

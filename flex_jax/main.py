@@ -1,0 +1,104 @@
+"""The command line: python -m flex_jax.main --config FILE [--workdir DIR] [--config.KEY=VALUE ...].
+
+Exit status: 0 when every run finished, 2 with one line for a mistake that the user can mend, 130 when interrupted.
+"""
+
+import argparse
+import re
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from flex_jax.config import SCHEMA, find_key, nearest_key, validate, validate_keys
+from flex_jax.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
+    """The validated config and the work directory; raises InputError for any mistake in them."""
+    keys = "\n".join(f"  --config.{key}={entry.default!r}\n      {entry.doc}" for key, entry in SCHEMA.items())
+    parser = _Parser(
+        prog="flex_jax",
+        usage="python -m flex_jax.main --config FILE [--workdir DIR] [--config.KEY=VALUE ...]",
+        epilog=f"keys of the config and their defaults:\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="Python file with a get_config()")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where results go; default runs/<name of FILE>")
+    known, rest = parser.parse_known_args(arguments)
+    config = load(known.config)
+    override(config, rest)
+    validate(config)
+    workdir = known.workdir or Path("runs") / Path(known.config).stem
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir {workdir}: is a file, must be a directory or not exist yet")
+    return config, workdir
+
+
+def load(path: str) -> ConfigDict:
+    """What the file's get_config() returns; raises InputError, with the line, for whatever it raises itself."""
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: no such file")
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as error:  # the file is the user's own program, which may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        place = f"{path}, line {lines[-1]}" if lines else path
+        if unknown := re.search(r'Key "(.+?)" does not exist', str(error)):
+            nearest = nearest_key(unknown[1])
+            raise InputError(f"{place}: the key {unknown[1]} is unknown: the nearest is config.{nearest}") from error
+        raise InputError(f"{place}: {type(error).__name__}: {error}") from error
+    validate_keys(config)
+    return config
+
+
+def override(config: ConfigDict, arguments: list[str]) -> None:
+    """Sets the --config.KEY=VALUE arguments in the config; raises InputError for anything else among them."""
+    for key in (match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, arguments) if match):
+        entry = find_key(key)
+        if key.startswith("overrides."):  # config_flags sets only keys that exist
+            _, method, section, name = key.split(".")
+            with config.overrides.unlocked(), config.overrides.ignore_type():
+                config.overrides.update({method: {section: {name: entry.default}}})
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+        positional = values(["flex_jax", *arguments])[1:]
+    except flags.Error as error:
+        key = re.match(r"flag --config\.([^=]*)=", str(error))
+        allowed = f": must be {find_key(key[1]).check.allowed}" if key else ""
+        raise InputError(f"{error}{allowed}") from error
+    if positional:
+        raise InputError(f"unexpected argument {positional[0]!r}: values are set with --config.KEY=VALUE")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line and returns its exit status; a mistake inside the package keeps its traceback."""
+    try:
+        config, workdir = parse(arguments)
+        from flex_jax.experiment import run  # after the parsing: JAX takes seconds to import
+
+        run(config, workdir)
+    except InputError as error:
+        print("flex_jax: error:", *str(error).split(), file=sys.stderr)  # one line, whatever the message holds
+        return 2
+    except KeyboardInterrupt:
+        print("flex_jax: interrupted: the same command resumes the run", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

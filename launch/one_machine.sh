@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# A run on one machine; JAX takes the GPUs or TPU chips it finds, else the CPU. Give the same command again to resume.
+#   launch/one_machine.sh configs/quickstart.py [--workdir DIR] [--config.rounds=3 ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Compiled programs are kept, so that a resumed run starts in seconds.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/flex_jax}"
+exec python -m flex_jax.main --config "$@"

@@ -1,0 +1,189 @@
+"""The schema: defaults, one clear line for every impossible value, and the overrides of a method."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from flex_jax.config import default_config, for_method, validate
+from flex_jax.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
+
+
+def changed(key, value):
+    """A default config with one value put in whatever its type, as an unchecked config file could."""
+    config = default_config()
+    with config.unlocked(), config.ignore_type():
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = value
+    return config
+
+
+BAD_VALUES = [
+    *[(key, 0, "at least 1") for key in ("rounds", "local_steps", "batch_size", "clients", "lora.rank", "slot.rank")],
+    *[(key, 0, "at least 1") for key in ("slot.experts", "slot.calibration_examples", "data.test_examples")],
+    *[(key, 0, "at least 1") for key in ("evaluation.max_new_tokens", "evaluation.batch_size")],
+    *[(key, -1, "at least 0") for key in ("cohort", "data.examples_per_client", "evaluation.every")],
+    *[(key, 0.0, "above 0") for key in ("lora.alpha", "slot.alpha", "data.alpha", "optimizer.clip_norm")],
+    ("sequence_length", 7, "at least 8"),
+    ("rounds", 2.0, "an integer"),
+    ("rounds", True, "an integer"),
+    ("rounds", "many", "an integer"),
+    ("rounds", None, "an integer"),
+    ("lora.alpha", "high", "a number"),
+    ("lora.dropout", 1.0, "below 1"),
+    ("lora.dropout", -0.1, "at least 0"),
+    ("optimizer.learning_rate", 0.0, "above 0"),
+    ("optimizer.learning_rate", float("nan"), "a number"),
+    ("optimizer.learning_rate", float("inf"), "a number"),
+    ("optimizer.final_learning_rate", -1e-6, "at least 0"),
+    ("optimizer.final_learning_rate", 1.0, "at most config.optimizer.learning_rate"),
+    ("optimizer.weight_decay", -0.1, "at least 0"),
+    ("methods", (), "one or more"),
+    ("methods", ("flex", "flex"), "different"),
+    ("methods", ("flex,fedavg",), "('flex', 'fedavg')"),
+    ("methods", "flex", "a tuple"),
+    ("seeds", (), "one or more"),
+    ("seeds", (0, 0), "different"),
+    ("seeds", (-1,), "from 0"),
+    ("seeds", (2**32,), "4294967295"),
+    ("seeds", (0.5,), "integers"),
+    ("cohort", 5, "at most config.clients, 4"),
+    ("model.path", " ", "not empty"),
+    ("model.dtype", "float16", "float32, bfloat16"),
+    ("data.path", "", "not empty"),
+    ("data.split", "", "not empty"),
+    ("data.fields", "", "not empty"),
+    ("data.partition", "even", "pathological, dirichlet, dirichlet_split, iid, column"),
+    ("data.column", 3, "a text"),
+    ("data.categories", ("a", "a"), "different"),
+    ("slot.selection", "best", "reconstruction, random, router"),
+    ("slot.training", "none", "full, lora"),
+    ("slot.gate_init", "open", "router, closed"),
+    ("lora", None, "a section"),
+    ("overrides", None, "a section"),
+    ("overrides", {"flex": 1}, "unknown"),
+    ("overrides", {"flex": {"lora": 1}}, "a section"),
+    ("overrides", {"flex": {"rounds": 1}}, "common to all methods"),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"), BAD_VALUES, ids=[f"{key}={value}" for key, value, _ in BAD_VALUES]
+)
+def test_an_impossible_value_is_named_with_what_is_allowed(key, value, allowed):
+    with pytest.raises(InputError) as error:
+        validate(changed(key, value))
+    assert str(error.value).startswith(f"config.{key}")
+    assert allowed in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_line_reads_key_value_rule():
+    with pytest.raises(InputError) as error:
+        validate(changed("lora.rank", 0))
+    assert str(error.value) == "config.lora.rank is 0: must be an integer of at least 1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cohort", 4),
+        ("data.examples_per_client", 0),
+        ("data.categories", ("a", "b")),
+        ("lora.alpha", 16),
+        ("lora.dropout", 0.0),
+        ("optimizer.final_learning_rate", 4e-5),
+        ("seeds", (0, 2**32 - 1)),
+        ("sequence_length", 8),
+    ],
+)
+def test_a_value_on_the_edge_is_accepted(key, value):
+    validate(changed(key, value))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_every_config_file_is_valid(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    validate(config)
+    for method in config.methods:
+        validate(for_method(config, method))
+
+
+def test_the_column_partition_needs_a_column():
+    config = default_config()
+    config.data.partition = "column"
+    with pytest.raises(InputError, match=r"config\.data\.column is empty"):
+        validate(config)
+    config.data.column = "department"
+    validate(config)
+
+
+@pytest.mark.parametrize("returned", [None, {"rounds": 3}, 3])
+def test_only_a_config_dict_is_a_config(returned):
+    with pytest.raises(InputError, match="default_config"):
+        validate(returned)
+
+
+@pytest.mark.parametrize("key", ["rounds", "lora.rank", "overrides"])
+def test_a_missing_key_is_named(key):
+    values = default_config().to_dict()
+    section, _, name = key.rpartition(".")
+    del (values[section] if section else values)[name]
+    with pytest.raises(InputError, match=f"config.{key} is missing"):
+        validate(ConfigDict(values))
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("roundz", "rounds"),
+        ("lora.rnk", "lora.rank"),
+        ("gate_init", "slot.gate_init"),
+        ("optimizer.learnin_rate", "optimizer.learning_rate"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(key, nearest):
+    with pytest.raises(InputError, match=rf"config\.{key} is unknown: the nearest known key is config\.{nearest}$"):
+        validate(changed(key, 1))
+
+
+def test_the_default_refuses_unknown_keys_and_other_types():
+    config = default_config()
+    with pytest.raises(AttributeError):
+        config.lora.rnk = 4
+    with pytest.raises(TypeError):
+        config.rounds = "many"
+
+
+def test_overrides_reach_only_their_method():
+    config = default_config()
+    config.overrides.flex = {"optimizer": {"learning_rate": 1e-3}, "slot": {"experts": 2}, "lora": {"alpha": 8}}
+    flex, fedavg = for_method(config, "flex"), for_method(config, "fedavg")
+    assert (flex.optimizer.learning_rate, flex.slot.experts, flex.lora.alpha) == (1e-3, 2, 8.0)
+    assert (fedavg.optimizer.learning_rate, fedavg.slot.experts, fedavg.lora.alpha) == (4e-5, 1, 64.0)
+    assert flex.optimizer.weight_decay == fedavg.optimizer.weight_decay
+    assert not flex.overrides and config.overrides.flex.slot.experts == 2
+    assert config.optimizer.learning_rate == 4e-5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lora": {"rank": 0}}, r"config\.overrides\.flex\.lora\.rank is 0: must be an integer of at least 1"),
+        ({"lora": {"rank": "big"}}, r"config\.overrides\.flex\.lora\.rank is 'big'"),
+        (
+            {"optimizer": {"lerning_rate": 1e-3}},
+            r"nearest known key is config\.overrides\.flex\.optimizer\.learning_rate",
+        ),
+        ({"data": {"alpha": 1.0}}, r"config\.overrides\.flex\.data\.alpha is common to all methods"),
+        ({"optimizer": {"learning_rate": 1e-7}}, r"final_learning_rate is 1e-06 with config\.overrides\.flex"),
+    ],
+)
+def test_a_wrong_override_is_named(overrides, message):
+    config = default_config()
+    config.overrides.flex = overrides
+    with pytest.raises(InputError, match=message):
+        for_method(config, "fedavg")

@@ -1,0 +1,189 @@
+"""The command line: what reaches the run, and exit 2 with exactly one line for every mistake of the user."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flex_jax import main as command
+from flex_jax.errors import InputError
+
+START = "from flex_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes a config file whose get_config() ends with the given lines."""
+
+    def write(body="return config"):
+        path = tmp_path / "trial.py"
+        path.write_text(START + "".join(f"    {line}\n" for line in body.splitlines()))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the command line with a stand-in for the experiment, which keeps what it is given."""
+    given = SimpleNamespace(config=None, workdir=None, error=None)
+
+    def experiment(config, workdir):
+        given.config, given.workdir = config, workdir
+        if given.error:
+            raise given.error
+
+    monkeypatch.setitem(sys.modules, "flex_jax.experiment", SimpleNamespace(run=experiment))
+
+    def call(*arguments, error=None):
+        given.error = error
+        return command.main([*arguments]), given
+
+    return call
+
+
+def assert_one_line(capsys, *parts):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("flex_jax: error: ") and captured.err.count("\n") == 1
+    for part in parts:
+        assert part in captured.err
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("--config.rounds=3", "rounds", 3),
+        ("--config.lora.alpha=8", "lora.alpha", 8.0),
+        ("--config.data.path=dolly.jsonl.gz", "data.path", "dolly.jsonl.gz"),
+        ("--config.methods=('flex', 'fedavg')", "methods", ("flex", "fedavg")),
+        ("--config.methods='flex','fedavg'", "methods", ("flex", "fedavg")),
+        ("--config.methods=fedavg", "methods", ("fedavg",)),
+        ("--config.seeds=0,1", "seeds", (0, 1)),
+        ("--config.seeds=7", "seeds", (7,)),
+        ("--config.data.categories=closed_qa", "data.categories", ("closed_qa",)),
+        ("--config.overrides.flex.optimizer.learning_rate=1e-3", "overrides.flex.optimizer.learning_rate", 1e-3),
+    ],
+)
+def test_an_override_reaches_the_run(run, config_file, argument, key, value):
+    status, given = run("--config", config_file(), argument)
+    assert status == 0
+    found = given.config
+    for name in key.split("."):
+        found = found[name]
+    assert found == value and type(found) is type(value)
+
+
+def test_one_override_of_a_method_keeps_those_of_the_file(run, config_file):
+    path = config_file(
+        'config.overrides.flex = {"optimizer": {"learning_rate": 1}, "slot": {"experts": 2}}\nreturn config'
+    )
+    status, given = run("--config", path, "--config.overrides.flex.optimizer.learning_rate=0.5")
+    assert status == 0
+    assert given.config.overrides.to_dict() == {"flex": {"optimizer": {"learning_rate": 0.5}, "slot": {"experts": 2}}}
+
+
+def test_the_command_line_may_complete_the_file(run, config_file):
+    path = config_file('config.data.partition = "column"\nreturn config')
+    assert run("--config", path, "--config.data.column=author")[0] == 0
+
+
+def test_the_work_directory_is_named_after_the_file(run, config_file, tmp_path):
+    assert run("--config", config_file())[1].workdir == Path("runs/trial")
+    assert run(f"--config={config_file()}", "--workdir", str(tmp_path))[1].workdir == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config.rounds=many"], ["config.rounds=many", "an integer of at least 1"]),
+        (["--config.rounds=2.5"], ["config.rounds=2.5", "an integer of at least 1"]),
+        (["--config.rounds=0"], ["config.rounds is 0", "an integer of at least 1"]),
+        (["--config.rounds", "-1"], ["config.rounds is -1"]),
+        (["--config.rounds"], ["config.rounds"]),
+        (["--config.seeds=(0,"], ["config.seeds"]),
+        (["--config.lora=5"], ["config.lora is a section"]),
+        (["--config.lora.rnk=5"], ["config.lora.rnk is unknown", "config.lora.rank"]),
+        (["--config.round=5"], ["config.round is unknown", "config.rounds"]),
+        (["--noconfig.rounds"], ["config.rounds"]),
+        (["--config.overrides.flex.lora.rank=x"], ["config.overrides.flex.lora.rank=x", "an integer of at least 1"]),
+        (["--config.overrides.flex.rank=1"], ["config.overrides.flex.rank is unknown", "overrides.flex.lora.rank"]),
+        (["--config.overrides.2-x.lora.rank=1"], ["config.overrides.2-x.lora.rank is unknown"]),
+        (["--bogus=1"], ["bogus"]),
+        (["stray"], ["stray"]),
+        (["--workdir"], ["--workdir"]),
+        (["--workdir", __file__], ["--workdir", "must be a directory"]),
+        (["-config=other.py"], ["config=other.py"]),
+    ],
+)
+def test_a_wrong_argument_is_one_line(run, config_file, capsys, arguments, parts):
+    status, given = run("--config", config_file(), *arguments)
+    assert status == 2 and given.config is None
+    assert_one_line(capsys, *parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [([], "--config"), (["--config"], "--config"), (["--config.rounds=3"], "--config"), (["--config=no.py"], "no.py")],
+)
+def test_a_config_file_is_required(run, capsys, arguments, part):
+    assert run(*arguments)[0] == 2
+    assert_one_line(capsys, part)
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("config.rounds = 'many'\nreturn config", ["trial.py, line 6", "rounds"]),
+        ("config.lora.rnk = 3\nreturn config", ["trial.py, line 6", "rnk", "config.lora.rank"]),
+        ("config.rounds = 0\nreturn config", ["config.rounds is 0"]),
+        ("config.lora = None\nreturn config", ["config.lora is a section"]),
+        ("pass", ["None", "default_config()"]),
+        ("return {}", ["default_config()"]),
+        ("raise RuntimeError('two\\nlines')", ["trial.py, line 6", "RuntimeError: two lines"]),
+        ("open('missing.txt')", ["trial.py, line 6", "missing.txt"]),
+        ("return (", ["trial.py", "SyntaxError"]),
+    ],
+)
+def test_a_wrong_config_file_is_one_line(run, config_file, capsys, body, parts):
+    status, given = run("--config", config_file(body), "--config.local_steps=2")
+    assert status == 2 and given.config is None
+    assert_one_line(capsys, *parts)
+
+
+def test_a_config_file_without_get_config_is_one_line(run, tmp_path, capsys):
+    path = tmp_path / "empty.py"
+    path.write_text("rounds = 3\n")
+    assert run("--config", str(path))[0] == 2
+    assert_one_line(capsys, "empty.py", "get_config")
+
+
+def test_an_input_error_of_the_run_is_one_line(run, config_file, capsys):
+    assert run("--config", config_file(), error=InputError("data.jsonl, line 3:\nno text"))[0] == 2
+    assert_one_line(capsys, "data.jsonl, line 3: no text")
+
+
+def test_an_interrupt_is_one_line(run, config_file, capsys):
+    assert run("--config", config_file(), error=KeyboardInterrupt())[0] == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_mistake_in_the_package_keeps_its_traceback(run, config_file):
+    with pytest.raises(ZeroDivisionError):
+        run("--config", config_file(), error=ZeroDivisionError())
+
+
+def test_the_module_exits_with_the_status():
+    command_line = [sys.executable, "-m", "flex_jax.main", "--config", "nowhere.py"]
+    done = subprocess.run(command_line, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr == "flex_jax: error: --config nowhere.py: no such file\n"
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0
+    assert "--config.evaluation.max_new_tokens=256" in capsys.readouterr().out
