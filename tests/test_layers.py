@@ -23,11 +23,12 @@ LAYERS = [
     ["flex_jax.methods"],
     ["flex_jax.evaluation"],
     ["flex_jax.reporting"],
+    ["flex_jax.simulation"],
     ["flex_jax.experiment"],
     ["flex_jax.main", "flex_jax.tiny.pretrain"],
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
-CONFIG_READERS = {"flex_jax.experiment", "flex_jax.main", "flex_jax.tiny.pretrain"}
+CONFIG_READERS = {"flex_jax.simulation", "flex_jax.experiment", "flex_jax.main", "flex_jax.tiny.pretrain"}
 
 
 def layer(module):
@@ -38,7 +39,7 @@ def layer(module):
 
 
 def imports(source, module, is_package):
-    """The modules that a source imports, at its top or inside functions; `from a import b` gives a.b where it is one."""
+    """The modules that a source imports, also inside functions; `from a import b` gives a.b where that is one."""
     package = module.split(".") if is_package else module.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(source)):

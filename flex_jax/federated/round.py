@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flex_jax.data.batches import Batch
 from flex_jax.federated.client import client_round, local_optimizer
 from flex_jax.federated.server import aggregate
+from flex_jax.federated.plan import size
 from flex_jax.federated.state import Frozen, RoundState
 from flex_jax.models.decoder import Decoder
 
@@ -33,7 +34,8 @@ def make_round(
 
     frozen: see `Frozen`, one copy for all clients; batches: leading axes [C, steps, B, S]; cohort [C] int32, the rows
     of `state.clients` that take part; num_examples [C] float32. The cohort is a `vmap` of `client_round`, and the
-    server's mean is in the same jit. Metrics have a leading axis C, except `learning_rate`. The state is donated.
+    server's mean is in the same jit. Metrics: "clients",
+    arrays [C]; "server", the learning rate and the bytes handed to and by each client. The state is donated.
     """
 
     @partial(jax.jit, donate_argnums=1)
@@ -48,6 +50,10 @@ def make_round(
         server = aggregate(state.server, updates.delta, updates.num_examples)
         clients = jax.tree.map(lambda leaf, rows: leaf.at[cohort].set(rows), state.clients, updates.state)
         new_state = RoundState(state.round + 1, server, clients, state.key)
-        return new_state, updates.metrics | {"learning_rate": rate}
+        sent = {
+            "upload_bytes": jnp.uint32(size(updates.delta) // cohort.shape[0]),
+            "download_bytes": jnp.uint32(size(state.server.shared)),
+        }
+        return new_state, {"clients": updates.metrics, "server": sent | {"learning_rate": rate}}
 
     return round_fn

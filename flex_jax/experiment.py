@@ -1,0 +1,146 @@
+"""A whole experiment: build, plan, run every method with every seed, report."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from transformers import AutoTokenizer
+
+from flex_jax import tiny
+from flex_jax.config import for_method
+from flex_jax.data.batches import encode_client, evaluation_batches
+from flex_jax.data.partition import ClientRecords, partition
+from flex_jax.data.prompts import check_tokenizer, encode_prompt
+from flex_jax.data.sources import load_records
+from flex_jax.errors import InputError
+from flex_jax.evaluation.evaluate import HeldOut
+from flex_jax.methods import METHODS
+from flex_jax.models.checkpoint import load_pretrained
+from flex_jax.reporting.page import write_report
+from flex_jax.reporting.tables import plan_table, summary_table
+from flex_jax.reporting.writers import MetricsWriter, read_metrics, summarise, write_json
+from flex_jax.simulation import Backbone, Federation, describe, run_one
+
+
+def run(config: ConfigDict, workdir: Path) -> dict:
+    """Run a validated config's methods x seeds under `workdir`, and return what results.json holds.
+
+    Finished runs that are in the work directory already are kept and an interrupted one goes on from its newest
+    checkpoint. Raises InputError for a mistake in the config, the data or the checkpoint, or when the work directory
+    belongs to another config.
+    """
+    for name in config.methods:
+        if name not in METHODS:
+            raise InputError(f"config.methods: unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
+    backbone = load_backbone(config)
+    check_slots(config, backbone)
+    records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
+    federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
+    claim(workdir, config)
+    metrics = MetricsWriter(workdir / "metrics.jsonl")
+    print(plan_table([describe(config, backbone, name) for name in config.methods]), flush=True)
+    results = load_results(workdir)
+    done = {(finished["method"], finished["seed"]) for finished in results["runs"]}
+    for name in config.methods:
+        compiled = {}  # one compilation serves all rounds and seeds of a method
+        for seed in config.seeds:
+            if (name, seed) not in done:
+                finished = run_one(config, backbone, federations[seed], name, seed, workdir, metrics, compiled)
+                results["runs"].append(finished)
+                results["summary"] = summarise(results["runs"])
+                write_json(workdir / "results.json", results)
+    notes = [fairness(config, results), *([config.note] if config.note else [])]
+    write_report(
+        workdir / "report.html", results, read_metrics(metrics.path), notes=notes, config=config.to_dict()
+    )
+    print(summary_table(results))
+    print(f"report: {workdir / 'report.html'}")
+    return results
+
+
+def load_backbone(config: ConfigDict) -> Backbone:
+    """The model, frozen parameters and tokenizer of config.model."""
+    path = tiny.CHECKPOINT if config.model.path == "tiny" else Path(config.model.path).expanduser()
+    model, params = load_pretrained(path, dtype=config.model.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no usable tokenizer in the checkpoint directory ({error})") from error
+    check_tokenizer(tokenizer, model.config.vocab_size)
+    return Backbone(model, params, tokenizer)
+
+
+def check_slots(config: ConfigDict, backbone: Backbone) -> None:
+    """No slot may hold more grafted experts than a layer has."""
+    experts = backbone.model.config.experts
+    for name in config.methods:
+        wanted = for_method(config, name).slot.experts
+        if METHODS[name].personal_slot and wanted > experts:
+            raise InputError(f"config.slot.experts is {wanted}: must be at most {experts}, the experts of a layer")
+
+
+def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict], seed: int) -> Federation:
+    """Divide the records among clients and encode them."""
+    data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
+    clients: list[ClientRecords] = partition(
+        records,
+        kind=data.partition,
+        clients=config.clients,
+        seed=seed,
+        column=data.column,
+        categories=data.categories,
+        alpha=data.alpha,
+        examples_per_client=data.examples_per_client,
+        test_examples=data.test_examples,
+    )
+    train, test = (
+        [encode_client(client.name, getattr(client, side), tokenizer, length) for client in clients]
+        for side in ("train", "test")
+    )
+    prompts = [[encode_prompt(record, tokenizer, length) for record in client.test] for client in clients]
+    held_out = HeldOut(
+        [client.test for client in clients], prompts, evaluation_batches(test, config.evaluation.batch_size)
+    )
+    return Federation(train, held_out)
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Write config.json, or check that the one that is there says the same."""
+    asked = json.loads(json.dumps(config.to_dict()))
+    file = workdir / "config.json"
+    if file.exists():
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if held != asked:
+            keys = sorted(key for key in held.keys() | asked.keys() if held.get(key) != asked.get(key))
+            raise InputError(
+                f"{workdir} holds a run of another config (different: {', '.join(keys)}); give another --workdir"
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(file, asked)
+
+
+def load_results(workdir: Path) -> dict:
+    """results.json as far as earlier calls of the same command came, or an empty one."""
+    file = workdir / "results.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    packages = ("flex_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
+    return {"runs": [], "summary": [], "versions": {name: version(name) for name in packages}, "device": device}
+
+
+def fairness(config: ConfigDict, results: dict) -> str:
+    """What the methods had alike and what not, in a sentence for the report."""
+    per_client = []
+    for name in config.methods:
+        parameters = next(run["parameters"] for run in results["runs"] if run["method"] == name)
+        trained = parameters["shared"] + parameters["personal_per_client"]
+        rate = for_method(config, name).optimizer.learning_rate
+        per_client.append(f"{name} {trained:,} (learning rate {rate:g})")
+    return (
+        f"Every method ran {config.rounds} rounds of {config.local_steps} local steps, {config.batch_size} examples a "
+        f"step, on the same clients, batches and seeds. Parameters trained by a client: {'; '.join(per_client)}."
+    )

@@ -1,0 +1,76 @@
+"""A small English-like world of office messages: who ordered what, for how much, where it goes, what went wrong."""
+
+import random
+from typing import NamedTuple
+
+PEOPLE = (
+    "Maria Tom Anna Ben Clara David Emma Felix Grace Henry Ida Jack Karen Leo Mona Nick Olga Paul Rosa Sam Tina Victor "
+    "Wendy Yusuf Zoe Alan Bella Carl Dora Eric Fiona George Helen Ivan Julia Kevin Laura Martin Nora Oscar"
+).split()
+ITEMS = (
+    "lamp chair table clock mirror carpet kettle printer desk sofa shelf vase bicycle camera radio tent blanket "
+    "guitar helmet jacket laptop oven pillow ladder drill fan heater keyboard monitor stove toaster umbrella"
+).split()
+COLOURS = "red blue green black white grey brown yellow orange purple".split()
+CITIES = (
+    "Oslo Paris Rome Berlin Madrid Vienna Dublin Lisbon Prague Athens Warsaw Helsinki Geneva Milan Porto Hamburg "
+    "Krakow Bergen Lyon Turin Ghent Cork Malaga Zurich"
+).split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+TOPICS = {
+    "broken": (
+        "The box arrived broken.", "It came with a crack.", "It stopped working at once.", "One part was smashed.",
+    ),
+    "late": (
+        "It still has not arrived.", "The delivery is far too late.", "The parcel is delayed again.",
+        "Nothing has come so far.",
+    ),
+    "wrong": (
+        "The wrong one was in the box.", "This is not what was ordered.", "A different model was sent.",
+        "The size is not the right one.",
+    ),
+    "payment": (
+        "The card was charged twice.", "The bill is too high.", "The invoice shows a wrong sum.",
+        "The money was taken two times.",
+    ),
+    "praise": (
+        "It works very well.", "The service was excellent.", "Everything was perfect.", "It is a joy to use.",
+    ),
+    "question": (
+        "Is there a manual for it?", "Can it be returned later?", "Does it have a guarantee?",
+        "Are spare parts available?",
+    ),
+}  # fmt: skip
+FIELDS = ("person", "item", "colour", "city", "price", "day")
+
+
+class Message(NamedTuple):
+    """One message and the facts in it."""
+
+    person: str
+    item: str
+    colour: str
+    city: str
+    price: str
+    day: str
+    topic: str
+    text: str
+
+
+def make_message(rng: random.Random) -> Message:
+    """A message of four or five sentences in random order, the order of the goods first."""
+    person, item, colour = rng.choice(PEOPLE), rng.choice(ITEMS), rng.choice(COLOURS)
+    city, price, day = rng.choice(CITIES), str(rng.randrange(11, 100)), rng.choice(DAYS)
+    topic = rng.choice(list(TOPICS))
+    opening = rng.choice(
+        (f"{person} ordered a {colour} {item}.", f"{person} bought a {colour} {item}.",
+         f"A {colour} {item} was ordered by {person}.")
+    )  # fmt: skip
+    others = [
+        rng.choice((f"It goes to {city}.", f"The address is in {city}.", f"It should be sent to {city}.")),
+        rng.choice((f"The price is {price} dollars.", f"It costs {price} dollars.", f"The sum was {price} dollars.")),
+        rng.choice((f"It is due on {day}.", f"The date is {day}.", f"It was sent on {day}.")),
+        rng.choice(TOPICS[topic]),
+    ]
+    rng.shuffle(others)
+    return Message(person, item, colour, city, price, day, topic, " ".join([opening, *others]))

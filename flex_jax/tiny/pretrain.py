@@ -1,0 +1,161 @@
+"""Make the embedded checkpoint: python -m flex_jax.tiny.pretrain --out DIR
+
+Generates the corpus, trains the tokenizer, trains a Qwen2-MoE from scratch on it with every weight (cross-entropy plus
+the load-balancing loss of the Switch Transformer, arXiv 2101.03961), and writes a Hugging Face directory. Seeded.
+"""
+
+import argparse
+import itertools
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import trange
+from transformers import PreTrainedTokenizerFast
+
+from flex_jax.data.prompts import TEMPLATE
+from flex_jax.models.checkpoint import save_pretrained
+from flex_jax.models.config import ModelConfig
+from flex_jax.models.decoder import Decoder
+from flex_jax.models.moe import route
+from flex_jax.ops.experts import ExpertWeights, swiglu
+from flex_jax.tiny import CHECKPOINT
+from flex_jax.tiny.corpus import documents
+from flex_jax.tiny.tasks import make_records
+
+CONFIG = ModelConfig(
+    family="qwen2_moe",
+    vocab_size=768,
+    width=96,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_dim=24,
+    experts=8,
+    experts_per_token=2,
+    expert_width=64,
+    shared_expert_width=96,
+    norm_topk_prob=True,
+    attention_bias=True,
+    tied_head=True,
+    norm_epsilon=1e-6,
+    rope_theta=10000.0,
+)
+END, PAD = "<|endoftext|>", "<|pad|>"
+BALANCE = 0.01  # weight of the load-balancing loss
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over words of the corpus and the task set, and over the prompt template, so that it is short."""
+    texts = list(itertools.islice(documents(seed), 3000))
+    texts += [" ".join((r["instruction"], r["context"], r["response"])) for r in make_records()] + [TEMPLATE] * 300
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+
+
+def batches(tokenizer, seed: int, batch: int, sequence: int):
+    """Documents, each with its end, packed into [batch, sequence + 1] int32 arrays without end."""
+    stream, end = documents(seed), tokenizer.eos_token_id
+    row = []
+    while True:
+        rows = []
+        while len(rows) < batch:
+            while len(row) <= sequence:
+                row += [*tokenizer(next(stream))["input_ids"], end]
+            rows.append(row[: sequence + 1])
+            row = []  # a cut document is not carried on: its facts would be missing
+        yield np.array(rows, np.int32)
+
+
+def joined_experts(x: jax.Array, weights: ExpertWeights, index: jax.Array, weight: jax.Array) -> jax.Array:
+    """All experts as one wide one, differentiable in everything; arguments as those of `frozen_experts`."""
+    routing = (jax.nn.one_hot(index, weights.down.shape[0]) * weight[..., None]).sum(1)
+    hidden = swiglu(jnp.einsum("td,edf->tef", x, weights.gate_up)) * routing[..., None]
+    return hidden.reshape(len(x), -1) @ weights.down.reshape(-1, x.shape[1])
+
+
+def loss(model: Decoder, params: dict, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(training loss, cross-entropy in nats a token)."""
+    out = model.apply({"params": params}, tokens[:, :-1], output_router_logits=True)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]).mean()
+    experts = model.config.experts
+
+    def imbalance(logits):  # [B, S, E]: 1 when tokens and probabilities are spread evenly
+        index, _ = route(logits, model.config.experts_per_token, True)
+        share = jax.nn.one_hot(index, experts).mean((0, 1, 2))
+        return experts * jnp.sum(share * jax.nn.softmax(logits).mean((0, 1)))
+
+    return entropy + BALANCE * jax.vmap(imbalance)(out.router_logits).mean(), entropy
+
+
+def answer_accuracy(model: Decoder, params: dict, tokenizer, seed: int) -> float:
+    """Share of held-out questions on a passage whose first answer token is the most likely one."""
+    asked, answers, count = [], [], 0
+    for text in documents(seed):
+        head, mark, rest = text.partition(" Answer: ")
+        if mark and not rest.startswith("It is"):
+            value = rest.split("\n")[0].rstrip(".")
+            asked.append(tokenizer(head + " Answer:")["input_ids"])
+            answers.append(tokenizer(" " + value)["input_ids"][0])
+            count += 1
+        if count == 256:
+            break
+    length = max(map(len, asked))
+    tokens = np.array([ids + [0] * (length - len(ids)) for ids in asked], np.int32)
+    logits = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)(params, tokens)
+    last = np.asarray(logits)[np.arange(len(asked)), [len(ids) - 1 for ids in asked]]
+    return float((last.argmax(-1) == np.array(answers)).mean())
+
+
+def pretrain(out: Path, *, seed: int, steps: int, batch: int, sequence: int, learning_rate: float) -> None:
+    """Train and write the checkpoint; prints loss and retrieval accuracy on the way."""
+    nn.remat = lambda module, **_: module  # as much memory as it takes: the model is small, the time is not
+    tokenizer = train_tokenizer(seed)
+    model = Decoder(CONFIG, experts=joined_experts)
+    params = model.init(jax.random.PRNGKey(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps, learning_rate / 50)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, tokens):
+        gradients, entropy = jax.grad(partial(loss, model), has_aux=True)(params, tokens)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, entropy
+
+    stream, opt_state = batches(tokenizer, seed, batch, sequence), optimizer.init(params)
+    progress = trange(steps, desc="pretraining", mininterval=5)
+    for number in progress:
+        params, opt_state, entropy = step(params, opt_state, next(stream))
+        if number % 50 == 0:
+            progress.set_postfix_str(f"loss {float(entropy):.3f}")
+        if (number + 1) % 500 == 0 or number + 1 == steps:
+            accuracy = answer_accuracy(model, params, tokenizer, seed + 1)
+            print(f"\nstep {number + 1}: loss {float(entropy):.3f} nats, answers right {accuracy:.1%}", flush=True)
+            save_pretrained(out, CONFIG, params, tokenizer=tokenizer)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=CHECKPOINT)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--sequence", type=int, default=112)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    pretrain(**vars(parser.parse_args()))

@@ -1,0 +1,194 @@
+from collections import Counter
+
+import pytest
+
+from flex_jax.data.partition import KINDS, partition
+from flex_jax.data.sources import load_records
+from flex_jax.errors import InputError
+
+CATEGORIES = ("a", "b", "c")
+
+
+def make(category: str, count: int, **columns: str) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"{category}{i}", "context": "", "response": f"r{i}", "category": category, **columns}
+        for i in range(count)
+    ]
+
+
+RECORDS = make("a", 60, team="red") + make("b", 90, team="blue") + make("c", 30, team="blue")
+
+
+def group(record):
+    return record["instruction"].strip(), record["context"].strip()
+
+
+def ids(records):
+    return [(r["instruction"], r["context"], r["response"], r["category"]) for r in records]
+
+
+def assert_no_leak(clients):
+    test = {group(record) for client in clients for record in client.test}
+    assert all(group(record) not in test for client in clients for record in client.train)
+
+
+def arguments(kind, clients=3):
+    return {"kind": kind, "clients": 2 if kind == "column" else clients, "column": "team", "test_examples": 6}
+
+
+def test_pathological_clients_own_one_category_each():
+    clients = partition(RECORDS, kind="pathological", clients=3, seed=0, test_examples=7)
+    assert [client.name for client in clients] == ["a", "b", "c"]
+    assert [len(client.test) for client in clients] == [7, 7, 7]
+    assert [len(client.train) for client in clients] == [53, 83, 23]
+    assert all({r["category"] for r in c.train + c.test} == {c.name} for c in clients)
+
+
+def test_pathological_owners_of_one_category_split_it():
+    clients = partition(RECORDS, kind="pathological", clients=3, seed=0, categories=("b", "a"), test_examples=5)
+    assert [client.name for client in clients] == ["b_1", "a", "b_2"]
+    first, second = (set(ids(clients[i].train + clients[i].test)) for i in (0, 2))
+    assert first.isdisjoint(second) and first | second == set(ids(make("b", 90)))
+    assert len(first) == len(second) == 45
+
+
+def test_fewer_clients_than_categories():
+    clients = partition(RECORDS, kind="pathological", clients=2, seed=0)
+    assert [client.name for client in clients] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet_split"])
+def test_a_split_is_disjoint_and_complete(kind):
+    clients = partition(RECORDS, kind=kind, clients=3, seed=1, alpha=2.0, test_examples=6)
+    everything = [record for client in clients for record in ids(client.train + client.test)]
+    assert sorted(everything) == sorted(ids(RECORDS))
+    sizes = [len(client.train) + len(client.test) for client in clients]
+    assert sizes == [60, 60, 60] if kind == "iid" else len(set(sizes)) > 1
+
+
+def test_alpha_tells_how_unequal_a_dirichlet_split_is():
+    def largest_shares(alpha):
+        clients = partition(make("a", 3000) + make("b", 3000), kind="dirichlet_split", clients=3, seed=0, alpha=alpha)
+        return [max(Counter(r["category"] for r in c.train).values()) / len(c.train) for c in clients]
+
+    assert max(largest_shares(1000.0)) < 0.6
+    assert max(largest_shares(0.1)) > 0.8
+
+
+def test_dirichlet_draws_with_replacement_and_shares_its_test():
+    clients = partition(RECORDS, kind="dirichlet", clients=4, seed=0, alpha=1.0, test_examples=8)
+    assert all(len(client.train) == 1000 for client in clients)
+    assert all(client.test == clients[0].test for client in clients)
+    assert Counter(record["category"] for record in clients[0].test) == {"a": 8, "b": 8, "c": 8}
+    assert clients[0].train != clients[1].train
+    capped = partition(RECORDS, kind="dirichlet", clients=4, seed=0, examples_per_client=40)
+    assert {len(client.train) for client in capped} == {40}
+
+
+def test_dirichlet_proportions_do_not_follow_category_sizes():
+    records = make("a", 3000) + make("b", 300)
+    clients = partition(records, kind="dirichlet", clients=20, seed=0, alpha=1e6, test_examples=8)
+    share = sum(record["category"] == "b" for client in clients for record in client.train) / 20_000
+    assert share == pytest.approx(0.5, abs=0.02)
+
+
+def test_column_gives_one_client_a_value():
+    clients = partition(RECORDS, kind="column", clients=2, seed=0, column="team")
+    assert [client.name for client in clients] == ["blue", "red"]
+    assert {record["team"] for record in clients[0].train + clients[0].test} == {"blue"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeated_prompts_never_leak(kind):
+    repeated = [
+        {"instruction": f" {r['instruction']}\n", "context": " ", "response": "again", "category": other, "team": team}
+        for r in RECORDS
+        for other, team in (("a", "red"), ("b", "blue"))
+    ]
+    clients = partition(RECORDS + repeated, seed=0, **arguments(kind))
+    assert_no_leak(clients)
+    for client in clients:
+        assert len({group(record) for record in client.test}) == len(client.test)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_alone_decides(kind):
+    first, again = (partition(list(RECORDS), seed=3, **arguments(kind)) for _ in range(2))
+    assert first == again
+    assert partition(RECORDS, seed=4, **arguments(kind)) != first
+
+
+def test_at_most_a_third_is_held_out():
+    clients = partition(make("a", 10), kind="iid", clients=1, seed=0, test_examples=25)
+    assert (len(clients[0].test), len(clients[0].train)) == (3, 7)
+
+
+def test_examples_per_client_caps_training_and_leaves_the_test():
+    free = partition(RECORDS, kind="pathological", clients=3, seed=0, test_examples=6)
+    capped = partition(RECORDS, kind="pathological", clients=3, seed=0, test_examples=6, examples_per_client=10)
+    assert [len(client.train) for client in capped] == [10, 10, 10]
+    assert [client.test for client in capped] == [client.test for client in free]
+
+
+def test_training_records_come_in_random_order():
+    # The first of them calibrate the graft: they must not be one corner of a sorted file.
+    train = partition(make("a", 300) + make("b", 300), kind="iid", clients=1, seed=0)[0].train
+    assert 30 < sum(record["category"] == "a" for record in train[:128]) < 98
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "sorted"}, "'sorted' is unknown; choose one of pathological, dirichlet"),
+        ({"kind": "iid", "clients": 0}, "clients=0"),
+        ({"kind": "dirichlet", "alpha": 0.0}, "data.alpha=0.0: must be a positive number"),
+        ({"kind": "dirichlet_split", "alpha": float("nan")}, "data.alpha=nan"),
+        ({"kind": "iid", "categories": ("a", "z")}, "no record of category 'z'; found are a, b, c"),
+        ({"kind": "iid", "categories": ("a", "a")}, "names 'a' 2 times"),
+        ({"kind": "column"}, "needs data.column"),
+        ({"kind": "column", "column": "floor"}, "'floor': the record 'a0' has no value there; its columns are instruc"),
+        ({"kind": "column", "column": "team", "clients": 3}, "has 2 values, but clients=3.*The values: blue, red"),
+        ({"kind": "pathological", "categories": ("c",), "clients": 20}, "client 10 .'c_11', of categories c. has no"),
+        ({"kind": "dirichlet_split", "alpha": 1e-3, "clients": 20}, r"client \d+ .* larger data.alpha"),
+        ({"kind": "iid", "test_examples": 0}, "client 0 .* has no test record"),
+    ],
+)
+def test_mistakes_are_one_clear_line(options, message):
+    with pytest.raises(InputError, match=message):
+        partition(RECORDS, **({"clients": 2, "seed": 0} | options))
+
+
+def test_a_client_left_without_training_records_is_named():
+    # Every prompt of b is one of the two held out by a.
+    records = make("a", 6) + [dict(r, category="b") for r in make("a", 6)]
+    for seed in range(50):
+        try:
+            clients = partition(records, kind="pathological", clients=2, seed=seed, categories=("a", "b"))
+        except InputError:
+            continue
+        assert_no_leak(clients)
+    tight = [dict(make("a", 1)[0], response=str(i)) for i in range(5)]
+    with pytest.raises(InputError, match="client 0 .'a', of categories a. has no test record"):
+        partition(tight, kind="pathological", clients=1, seed=0)
+
+
+@pytest.fixture(scope="module")
+def dolly(shared_data):
+    return load_records(str(shared_data / "dolly-15k.jsonl.gz"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "column"])
+def test_dolly_does_not_leak(dolly, kind):
+    clients = partition(dolly, kind=kind, clients=16, seed=0, alpha=5.0)
+    assert_no_leak(clients)
+    assert all(len(client.test) == (200 if kind == "dirichlet" else 25) for client in clients)
+
+
+def test_the_papers_dolly_clients(dolly):
+    tasks = ("closed_qa", "information_extraction", "classification", "summarization")
+    clients = partition(dolly, kind="pathological", clients=4, seed=0, categories=tasks)
+    counts = {"closed_qa": 1773, "information_extraction": 1506, "classification": 2136, "summarization": 1188}
+    assert [client.name for client in clients] == list(tasks)
+    for client in clients:
+        # What is missing are the repeats of held-out prompts.
+        assert 0.99 * counts[client.name] < len(client.train) + len(client.test) <= counts[client.name]
