@@ -78,6 +78,7 @@ SCHEMA = {
     "sequence_length": Key(512, _at_least(8), "tokens of prompt and response; longer examples are cut"),
     "clients": Key(4, _at_least(1), "clients that the data is divided into"),
     "cohort": Key(0, _at_least(0), "clients trained in a round; 0 is every client"),
+    "note": Key("", _ANY_TEXT, "what a reader of the report has to know about this comparison"),
     "model.path": Key("tiny", _TEXT, "tiny (the embedded model) or a Hugging Face checkpoint directory"),
     "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "type of the frozen weights"),
     "data.path": Key("tiny", _TEXT, "tiny (the embedded data), a file, a directory or a Hugging Face data set"),

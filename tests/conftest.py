@@ -1,14 +1,69 @@
+"""What several test folders use."""
+
 import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from flex_jax.models.config import AdapterConfig, LoraConfig, ModelConfig, SlotConfig
+from flex_jax.models.decoder import Decoder
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data, from the environment or beside the repository; its tests skip where it is absent."""
-    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+def shared_data():
+    """The folder of real data (dolly-15k.jsonl.gz and others): FLEX_JAX_SHARED_DATA, or beside the repository."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("FLEX_JAX_SHARED_DATA", beside))
     if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} is not a folder (set FLEX_JAX_SHARED_DATA)")
+        pytest.skip("no real data: set FLEX_JAX_SHARED_DATA to a folder with dolly-15k.jsonl.gz")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_config():
+    """A Qwen2-MoE of a few thousand weights."""
+    return ModelConfig(
+        family="qwen2_moe",
+        vocab_size=60,
+        width=16,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=4,
+        experts=6,
+        experts_per_token=2,
+        expert_width=8,
+        shared_expert_width=12,
+        norm_topk_prob=False,
+        attention_bias=True,
+        tied_head=False,
+        norm_epsilon=1e-6,
+        rope_theta=10000.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def adapter_config():
+    return AdapterConfig(LoraConfig(rank=2, alpha=4.0), SlotConfig())
+
+
+@pytest.fixture(scope="session")
+def model(model_config, adapter_config):
+    return Decoder(model_config, adapter_config)
+
+
+@pytest.fixture(scope="session")
+def params(model_config):
+    """Random weights in which nothing is zero or one, so that a forgotten bias or scale shows."""
+    fresh = Decoder(model_config).init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.PRNGKey(1), len(leaves))
+    noisy = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@pytest.fixture(scope="session")
+def tokens(model_config):
+    return jax.random.randint(jax.random.PRNGKey(2), (4, 11), 0, model_config.vocab_size)

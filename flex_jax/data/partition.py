@@ -156,7 +156,8 @@ def _dirichlet(
     test = []
     for i, category in enumerate(categories):
         rng = np.random.default_rng([seed, TEST_STREAM, i])
-        test += _test_records(_of_category(records, category), test_examples, rng)
+        own = _without_groups(_of_category(records, category), test)  # a prompt may be in several categories
+        test += _test_records(own, test_examples, rng)
     pool = _without_groups(records, test)
     by_category = [_of_category(pool, category) for category in categories]
     for category, own in zip(categories, by_category, strict=True):

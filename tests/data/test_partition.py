@@ -67,12 +67,13 @@ def test_a_split_is_disjoint_and_complete(kind):
 
 
 def test_alpha_tells_how_unequal_a_dirichlet_split_is():
-    def largest_shares(alpha):
-        clients = partition(make("a", 3000) + make("b", 3000), kind="dirichlet_split", clients=3, seed=0, alpha=alpha)
-        return [max(Counter(r["category"] for r in c.train).values()) / len(c.train) for c in clients]
+    def largest_share(alpha):
+        records = make("a", 900) + make("b", 900) + make("c", 900)
+        clients = partition(records, kind="dirichlet_split", clients=3, seed=0, alpha=alpha)
+        return max(sum(record["category"] == "a" for record in client.train + client.test) for client in clients) / 900
 
-    assert max(largest_shares(1000.0)) < 0.6
-    assert max(largest_shares(0.1)) > 0.8
+    assert largest_share(1000.0) == pytest.approx(1 / 3, abs=0.03)
+    assert largest_share(0.3) > 0.6
 
 
 def test_dirichlet_draws_with_replacement_and_shares_its_test():
@@ -132,7 +133,8 @@ def test_examples_per_client_caps_training_and_leaves_the_test():
 
 def test_training_records_come_in_random_order():
     # The first of them calibrate the graft: they must not be one corner of a sorted file.
-    train = partition(make("a", 300) + make("b", 300), kind="iid", clients=1, seed=0)[0].train
+    sorted_file = make("a", 300, team="red") + make("b", 300, team="red")
+    train = partition(sorted_file, kind="column", clients=1, seed=0, column="team")[0].train
     assert 30 < sum(record["category"] == "a" for record in train[:128]) < 98
 
 
@@ -148,7 +150,10 @@ def test_training_records_come_in_random_order():
         ({"kind": "column"}, "needs data.column"),
         ({"kind": "column", "column": "floor"}, "'floor': the record 'a0' has no value there; its columns are instruc"),
         ({"kind": "column", "column": "team", "clients": 3}, "has 2 values, but clients=3.*The values: blue, red"),
-        ({"kind": "pathological", "categories": ("c",), "clients": 20}, "client 10 .'c_11', of categories c. has no"),
+        (
+            {"kind": "pathological", "categories": ("c",), "clients": 20},
+            "client 0 .'c_1', of categories c. has no test record",
+        ),
         ({"kind": "dirichlet_split", "alpha": 1e-3, "clients": 20}, r"client \d+ .* larger data.alpha"),
         ({"kind": "iid", "test_examples": 0}, "client 0 .* has no test record"),
     ],
@@ -159,17 +164,11 @@ def test_mistakes_are_one_clear_line(options, message):
 
 
 def test_a_client_left_without_training_records_is_named():
-    # Every prompt of b is one of the two held out by a.
-    records = make("a", 6) + [dict(r, category="b") for r in make("a", 6)]
-    for seed in range(50):
-        try:
-            clients = partition(records, kind="pathological", clients=2, seed=seed, categories=("a", "b"))
-        except InputError:
-            continue
-        assert_no_leak(clients)
-    tight = [dict(make("a", 1)[0], response=str(i)) for i in range(5)]
-    with pytest.raises(InputError, match="client 0 .'a', of categories a. has no test record"):
-        partition(tight, kind="pathological", clients=1, seed=0)
+    # Between them the clients hold out each of the three prompts that all of them have.
+    letters = "abcdefghij"
+    records = [dict(record, category=letter) for letter in letters for record in make("same", 3)]
+    with pytest.raises(InputError, match="client 0 .'a', of categories a, b, .* has no training record"):
+        partition(records, kind="pathological", clients=len(letters), seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,93 @@
+"""The frozen sparse operator against the dense reference, under every transformation the federation uses."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flex_jax.ops.experts import ExpertWeights, dense_experts, frozen_experts
+
+T, D, F, E, K = 300, 16, 12, 5, 2
+
+
+@pytest.fixture
+def weights():
+    keys = jax.random.split(jax.random.PRNGKey(0))
+    return ExpertWeights(
+        jax.random.normal(keys[0], (E, D, 2 * F)) * D**-0.5, jax.random.normal(keys[1], (E, F, D)) * F**-0.5
+    )
+
+
+def inputs(seed, *leading, skewed=False):
+    keys = jax.random.split(jax.random.PRNGKey(seed), 3)
+    index = jax.random.randint(keys[1], (*leading, T, K), 0, 1 if skewed else E)
+    return jax.random.normal(keys[0], (*leading, T, D)), index, jax.random.uniform(keys[2], (*leading, T, K))
+
+
+def objective(operator, weights, x, index, weight):
+    return jnp.sin(operator(x, weights, index, weight)).sum()
+
+
+def assert_close(ours, reference, bound=1e-5):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("skewed", [False, True], ids=["spread", "all tokens on one expert"])
+def test_forward_equals_dense(weights, skewed):
+    x, index, weight = inputs(1, skewed=skewed)
+    assert_close(frozen_experts(x, weights, index, weight), dense_experts(x, weights, index, weight))
+
+
+def test_fewer_tokens_than_a_block(weights):
+    x, index, weight = (leaf[:3] for leaf in inputs(2))
+    assert_close(frozen_experts(x, weights, index, weight), dense_experts(x, weights, index, weight))
+
+
+@pytest.mark.parametrize("rematerialise", [False, True])
+def test_gradients_under_vmap_and_scan_equal_dense(weights, rematerialise):
+    """Four clients by vmap, two layers by scan: the shape in which training uses the operator."""
+
+    def gradients(operator):
+        def layers(x, index, weight):
+            def layer(x, _):
+                return x + operator(jnp.tanh(x), weights, index, weight), None
+
+            body = jax.checkpoint(layer) if rematerialise else layer
+            return jnp.sin(jax.lax.scan(body, x, None, length=2)[0]).sum()
+
+        return jax.jit(jax.vmap(jax.grad(layers, argnums=(0, 2))))(*inputs(3, 4))
+
+    assert_close(gradients(frozen_experts), gradients(dense_experts))
+
+
+def test_clients_may_share_an_argument(weights):
+    """An argument without client axis is the same for all clients."""
+    x, _, weight = inputs(4, 3)
+    _, index, _ = inputs(5)
+    ours = jax.vmap(lambda x, weight: frozen_experts(x, weights, index, weight))(x, weight)
+    reference = jnp.stack([dense_experts(x[c], weights, index, weight[c]) for c in range(3)])
+    assert_close(ours, reference)
+
+
+def test_experts_get_no_gradient(weights):
+    x, index, weight = inputs(6)
+    gradient = jax.grad(partial(objective, frozen_experts), argnums=0)(weights, x, index, weight)
+    assert all(not leaf.any() for leaf in gradient)
+
+
+def test_vmap_over_expert_weights_is_refused(weights):
+    x, index, weight = inputs(7, 2)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), weights)
+    with pytest.raises(ValueError, match="one frozen backbone"):
+        jax.vmap(frozen_experts)(x, stacked, index, weight)
+
+
+def test_bfloat16_stays_bfloat16(weights):
+    x, index, weight = inputs(8)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
+    out = frozen_experts(x.astype(jnp.bfloat16), half, index, weight)
+    assert out.dtype == jnp.bfloat16
+    assert_close(out.astype(jnp.float32), dense_experts(x, weights, index, weight), bound=2e-2)
