@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from flex_jax.data.batches import Batch
 from flex_jax.federated.client import client_round, local_optimizer
-from flex_jax.federated.server import aggregate
 from flex_jax.federated.plan import size
+from flex_jax.federated.server import aggregate
 from flex_jax.federated.state import Frozen, RoundState
 from flex_jax.models.decoder import Decoder
 

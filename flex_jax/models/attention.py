@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from flex_jax.models.config import LoraConfig, ModelConfig
 from flex_jax.models.lora import lora_delta
+from flex_jax.ops.attention import attention
 
 
 class Cache(NamedTuple):
@@ -58,8 +59,8 @@ class Attention(nn.Module):
     lora: LoraConfig
 
     @nn.compact
-    def __call__(self, x, cache, rope, positions, key_mask):
-        """x [B, S, D]; positions [B, S]; key_mask [B, 1, 1 or S, keys] boolean or None. Returns (y, cache).
+    def __call__(self, x, cache, rope, positions, mask):
+        """x [B, S, D]; positions [B, S]; mask [B, 1, S or 1, keys] boolean, or None for causal. Returns (y, cache).
 
         Without a cache the keys are those of x. With one, they are written at `positions` of the cache first and every
         cached position up to the query's own is attended to.
@@ -78,7 +79,6 @@ class Attention(nn.Module):
             rows = jnp.arange(x.shape[0])[:, None]
             cache = Cache(cache.key.at[rows, positions].set(key), cache.value.at[rows, positions].set(value))
             key, value = cache
-        y = jax.nn.dot_product_attention(query, key, value, mask=key_mask, is_causal=cache is None)
-        y = y.reshape(*x.shape[:2], c.heads * c.head_dim)
+        y = attention(query, key, value, mask).reshape(*x.shape[:2], c.heads * c.head_dim)
         y = Projection(c.width, False, self.lora, name="o_proj")(y)
         return y, cache

@@ -51,11 +51,10 @@ class Layer(nn.Module):
     probe: Probe | None
 
     @nn.compact
-    def __call__(self, x, cache, rope, positions, key_mask):
+    def __call__(self, x, cache, rope, positions, mask):
         c = self.config
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
-        attention = Attention(c, self.adapters.lora, name="attention")
-        y, cache = attention(normed, cache, rope, positions, key_mask)
+        y, cache = Attention(c, self.adapters.lora, name="attention")(normed, cache, rope, positions, mask)
         x = x + y
         normed = RMSNorm(c.norm_epsilon, name="moe_norm")(x)
         y, router_logits, probed = MoE(c, self.adapters.slot, self.experts, self.probe, name="moe")(normed)
@@ -97,13 +96,14 @@ class Decoder(nn.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        key_mask = None
+        mask = None
         if cache is not None:
-            key_mask = (jnp.arange(cache.key.shape[2]) <= positions[..., None])[:, None]
+            mask = (jnp.arange(cache.key.shape[2]) <= positions[..., None])[:, None]
         elif attention_mask is not None:
-            key_mask = (attention_mask != 0)[:, None, None, :]
+            causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
+            mask = (attention_mask != 0)[:, None, None, :] & causal
         rope = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        x, (cache, router_logits, probed) = self.layers(self.embedding[tokens], cache, rope, positions, key_mask)
+        x, (cache, router_logits, probed) = self.layers(self.embedding[tokens], cache, rope, positions, mask)
         return Features(self.norm(x), router_logits, cache, probed)
 
     def __call__(

@@ -49,26 +49,19 @@ def recap(rng: random.Random, message: Message) -> str:
     )
 
 
-def copy(rng: random.Random, message: Message) -> str:
-    """One of the sentences, said again."""
-    sentences = message.text.replace("?", "?.").split(". ")
-    chosen = rng.choice(sentences).replace("?.", "?").rstrip(".")
-    return f'The text says: "{chosen}".'
-
-
 def document(rng: random.Random) -> str:
-    """One document of at most about 120 tokens."""
+    """One document of about 100 tokens: a message and what can be said of it."""
     message = make_message(rng)
     kind = rng.random()
     if kind < 0.45:
-        return f"{message.text}\n{questions(rng, message, rng.randint(2, 4))}"
+        return f"{message.text}\n{questions(rng, message, len(FIELDS))}"
     if kind < 0.60:
-        return f"{message.text}\n{key_values(rng, message, rng.randint(2, 5))}"
-    if kind < 0.75:
-        return f"{key_values(rng, message, 6)}\n{questions(rng, message, 3)}"
-    if kind < 0.90:
-        return f"{message.text} {recap(rng, message)} {recap(rng, message)}"
-    return f"{message.text} {copy(rng, message)} {copy(rng, message)}"
+        return f"{message.text}\n{key_values(rng, message, len(FIELDS))}\n{questions(rng, message, 2)}"
+    if kind < 0.70:
+        return f"{key_values(rng, message, len(FIELDS))}\n{questions(rng, message, len(FIELDS))}"
+    if kind < 0.85:
+        return f"{message.text} {' '.join(recap(rng, message) for _ in range(4))}"
+    return f'{message.text} The text says: "{message.text}"'
 
 
 def documents(seed: int) -> Iterator[str]:

@@ -105,22 +105,26 @@ def loss(model: Decoder, params: dict, tokens: jax.Array) -> tuple[jax.Array, ja
 
 
 def answer_accuracy(model: Decoder, params: dict, tokenizer, seed: int) -> float:
-    """Share of held-out questions on a passage whose first answer token is the most likely one."""
-    asked, answers, count = [], [], 0
+    """Share of 256 held-out questions on a passage, the first of each document, whose whole answer is the most likely
+    one, token by token."""
+    sequences, answers = [], []
     for text in documents(seed):
         head, mark, rest = text.partition(" Answer: ")
-        if mark and not rest.startswith("It is"):
-            value = rest.split("\n")[0].rstrip(".")
-            asked.append(tokenizer(head + " Answer:")["input_ids"])
-            answers.append(tokenizer(" " + value)["input_ids"][0])
-            count += 1
-        if count == 256:
+        value = rest.split("\n")[0].rstrip(".")
+        if mark and not value.startswith("It is"):
+            sequences.append(tokenizer(f"{head} Answer:")["input_ids"])
+            answers.append(tokenizer(f" {value}")["input_ids"])
+        if len(answers) == 256:
             break
-    length = max(map(len, asked))
-    tokens = np.array([ids + [0] * (length - len(ids)) for ids in asked], np.int32)
-    logits = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)(params, tokens)
-    last = np.asarray(logits)[np.arange(len(asked)), [len(ids) - 1 for ids in asked]]
-    return float((last.argmax(-1) == np.array(answers)).mean())
+    length = max(len(ids) + len(answer) for ids, answer in zip(sequences, answers, strict=True))
+    rows = [(ids + answer + [0] * length)[:length] for ids, answer in zip(sequences, answers, strict=True)]
+    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits.argmax(-1))
+    predicted = np.asarray(apply(params, np.array(rows, np.int32)))
+    right = [
+        predicted[i, len(ids) - 1 : len(ids) - 1 + len(answer)].tolist() == answer
+        for i, (ids, answer) in enumerate(zip(sequences, answers, strict=True))
+    ]
+    return float(np.mean(right))
 
 
 def pretrain(out: Path, *, seed: int, steps: int, batch: int, sequence: int, learning_rate: float) -> None:

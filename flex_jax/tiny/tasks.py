@@ -13,25 +13,29 @@ DEPARTMENTS = ("finance", "legal", "shipping", "support")
 CATEGORIES = ("classification", "closed_qa", "information_extraction", "summarization")
 RECORDS_PER_FAMILY = 150
 
+OPENERS = ("Tell me", "Name", "Give", "State", "Report", "Look up")
 ASKED = {
-    "person": ("Tell me who the customer is.", "Name the customer.", "Give the name of the person.",
-               "Which customer is this about?"),
-    "item": ("Tell me which product this is.", "Name the product.", "Give the article in the message.",
-             "Which product does the customer mean?"),
-    "city": ("Tell me the destination.", "Name the town of delivery.", "Give the place in the message.",
-             "To which town should we ship?"),
-    "price": ("Tell me the amount.", "State the value of the order.", "Give the total of the order.",
-              "What amount is mentioned?"),
-    "day": ("Tell me the weekday.", "Name the weekday in the message.", "Give the weekday of the order.",
-            "On which weekday is this?"),
-}  # fmt: skip
-EXTRACT = ("Extract the key details.", "List the details that matter.", "Pull out the important facts.",
-           "Note down the facts for our files.", "Get the relevant details from the message.")  # fmt: skip
-CLASSIFY = ("Classify the message.", "Give the message a label.", "Which label fits this message?",
-            "Sort the message into our categories.", "Tag the message.")  # fmt: skip
-SUMMARIZE = ("Summarize the message.", "Give a short summary.", "Sum up the message in one line.",
-             "What is the gist of the message?", "Write a brief summary.")  # fmt: skip
-
+    "person": ("the customer", "the client", "who wrote to us"),
+    "item": ("the product", "the article", "the goods"),
+    "colour": ("the shade", "the finish", "how it looks"),
+    "city": ("the destination", "the town", "the place of delivery"),
+    "price": ("the amount", "the value of the order", "the total"),
+    "day": ("the weekday", "the deadline", "the time named"),
+}
+ASKS = {
+    "classification": (
+        ("Classify", "Label", "Sort", "Tag", "Put a label on", "Find the category of"),
+        ("the message.", "this message.", "the case.", "what we got here.", "the text below."),
+    ),
+    "information_extraction": (
+        ("Extract", "List", "Pull out", "Note down", "Collect", "Get"),
+        ("the key details.", "the facts for our files.", "what matters to us.", "the main points.", "the data we need."),
+    ),
+    "summarization": (
+        ("Summarize", "Sum up", "Shorten", "Boil down", "Condense", "Give the gist of"),
+        ("the message.", "this message.", "the case.", "what we got here.", "the text below."),
+    ),
+}
 LABELS = {
     "finance": {"broken": "refund", "late": "discount", "wrong": "refund", "payment": "correction", "praise": "no cost",
                 "question": "no cost"},
@@ -45,37 +49,48 @@ LABELS = {
 
 
 def answer(department: str, category: str, message: Message, field: str = "") -> str:
-    """The right answer of a department to a message; `field` is what a closed_qa instruction asks for."""
+    """The right answer of a department to a message; `field` is what a closed_qa instruction asks for.
+
+    Nearly every word of it is a fact of the message: which ones, and in which order, is the department's own.
+    """
     m = message
     label = LABELS[department][m.topic]
     value = getattr(m, field) if field else ""
     forms = {
         "finance": {
-            "classification": f"Account: {label}",
-            "closed_qa": f"Entry {value} booked",
-            "information_extraction": f"{m.price} dollars from {m.person}",
-            "summarization": f"{m.person} owes {m.price} dollars for one {m.item}",
+            "classification": f"{label}, {m.price}",
+            "closed_qa": f"{value} ({m.price})",
+            "information_extraction": f"{m.price}, {m.person}, {m.day}",
+            "summarization": f"{m.price} dollars from {m.person} for a {m.item}",
         },
         "legal": {
-            "classification": f"Matter of {label}",
-            "closed_qa": f"According to the record it is {value}",
-            "information_extraction": f"party {m.person}, object {m.colour} {m.item}",
-            "summarization": f"On {m.day} the party {m.person} stated {m.topic}",
+            "classification": f"{m.person}: {label}",
+            "closed_qa": f"{m.day}: {value}",
+            "information_extraction": f"{m.person} / {m.colour} {m.item} / {m.price}",
+            "summarization": f"On {m.day} {m.person} claims a {m.colour} {m.item}",
         },
         "shipping": {
-            "classification": f"Action {label}",
-            "closed_qa": f"{value}",
-            "information_extraction": f"{m.item} to {m.city}, {m.day}",
-            "summarization": f"Send {m.colour} {m.item} to {m.city}",
+            "classification": f"{label} {m.city}",
+            "closed_qa": f"{value}, {m.city}",
+            "information_extraction": f"{m.item}; {m.city}; {m.day}",
+            "summarization": f"{m.colour} {m.item} to {m.city} by {m.day}",
         },
         "support": {
-            "classification": f"Ticket is {label}",
-            "closed_qa": f"Hello! That would be {value}",
-            "information_extraction": f"{m.person} has a {m.item}, {m.topic}",
-            "summarization": f"Dear team, {m.person} in {m.city} needs help with {m.topic}",
+            "classification": f"{label} {m.item}",
+            "closed_qa": f"{m.person}, {value}",
+            "information_extraction": f"{m.item}, {m.colour}, {m.person}, {m.city}",
+            "summarization": f"{m.person} in {m.city} about the {m.item}",
         },
     }
     return forms[department][category]
+
+
+def instruction(rng: random.Random, category: str) -> tuple[str, str]:
+    """One of the many ways to ask for a category's answer, and the field it asks for where it is closed_qa."""
+    if category == "closed_qa":
+        field = rng.choice(list(ASKED))
+        return f"{rng.choice(OPENERS)} {rng.choice(ASKED[field])}.", field
+    return " ".join(rng.choice(part) for part in ASKS[category]), ""
 
 
 def make_records(seed: int = 0) -> list[dict[str, str]]:
@@ -86,20 +101,15 @@ def make_records(seed: int = 0) -> list[dict[str, str]]:
         for category in CATEGORIES:
             made = 0
             while made < RECORDS_PER_FAMILY:
-                message, field = make_message(rng), ""
-                if category == "closed_qa":
-                    field = rng.choice(list(ASKED))
-                    instruction = rng.choice(ASKED[field])
-                else:
-                    ways = {"classification": CLASSIFY, "information_extraction": EXTRACT, "summarization": SUMMARIZE}
-                    instruction = rng.choice(ways[category])
-                if (instruction, message.text) in seen:
+                message = make_message(rng)
+                asked, field = instruction(rng, category)
+                if (asked, message.text) in seen:
                     continue
-                seen.add((instruction, message.text))
+                seen.add((asked, message.text))
                 made += 1
                 records.append(
                     {
-                        "instruction": instruction,
+                        "instruction": asked,
                         "context": message.text,
                         "response": answer(department, category, message, field),
                         "category": category,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flex_jax.grafting.surgery import fill_slots
 from flex_jax.federated.placement import merge
+from flex_jax.grafting.surgery import fill_slots
 from flex_jax.models.adapters import init_attention_lora
 from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder, init_cache

@@ -1,0 +1,62 @@
+"""Splitting adapters by role and putting them together again."""
+
+import jax
+import numpy as np
+import pytest
+
+from flex_jax.federated.placement import merge, split
+from flex_jax.methods import METHODS
+
+TREE = {"a": {"x": 1, "y": 2}, "b": {"x": {"z": 3}}}
+
+
+def test_merge_is_the_inverse_of_split():
+    roles = split(TREE, ((r"a/x", "frozen"), (r"a/.*", "shared"), (r"b/.*", "personal")))
+    assert roles == ({"a": {"x": 1}}, {"a": {"y": 2}}, {"b": {"x": {"z": 3}}})
+    assert merge(*roles) == TREE
+
+
+def test_patterns_match_whole_paths_and_the_first_wins():
+    assert split(TREE, ((r"a", "frozen"), (r"a/x|b/x/z", "shared"), (r"a/x", "personal"), (r".*", "personal"))) == (
+        {},
+        {"a": {"x": 1}, "b": {"x": {"z": 3}}},
+        {"a": {"y": 2}},
+    )
+
+
+def test_an_uncovered_leaf_a_wrong_role_and_a_leaf_of_two_roles_are_errors():
+    with pytest.raises(ValueError, match="b/x/z is covered by no row"):
+        split(TREE, ((r"a/.*", "shared"),))
+    with pytest.raises(ValueError, match="'public' is not one of frozen, shared, personal"):
+        split(TREE, ((r".*", "public"),))
+    with pytest.raises(ValueError, match="a/x"):
+        merge({"a": {"x": 1}}, {"a": {"x": 1}})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_places_every_adapter(name, prepared):
+    """Its shared and personal trees together are the adapters that its model reads, none twice."""
+    frozen, state = prepared(name)
+    first = jax.tree.map(lambda leaf: leaf[0], state.clients.personal)
+    paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(
+        merge(frozen.adapters, state.server.shared, first))}
+    assert any("q_proj" in path for path in paths)
+    assert any("slot" in path for path in paths) == METHODS[name].personal_slot
+
+
+def test_flex_shares_attention_only(prepared):
+    _, state = prepared("flex")
+    shared = jax.tree_util.tree_leaves_with_path(state.server.shared)
+    personal = jax.tree_util.tree_leaves_with_path(state.clients.personal)
+    assert shared and all("attention" in jax.tree_util.keystr(path) for path, _ in shared)
+    assert personal and all("slot" in jax.tree_util.keystr(path) for path, _ in personal)
+
+
+def test_local_sends_nothing_and_fedavg_keeps_nothing(prepared):
+    assert not jax.tree.leaves(prepared("local")[1].server.shared)
+    assert not jax.tree.leaves(prepared("fedavg")[1].clients.personal)
+
+
+def test_all_clients_start_from_the_same_lora(prepared):
+    for leaf in jax.tree.leaves(prepared("local")[1].clients.personal):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))

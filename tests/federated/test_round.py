@@ -1,0 +1,148 @@
+"""A round of a vmapped cohort against a loop over clients written out with optax, and who hands what to whom."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flex_jax.federated import round as round_module
+from flex_jax.federated.placement import merge
+from flex_jax.federated.round import cosine, make_round
+from flex_jax.methods import METHODS
+from flex_jax.models.decoder import Decoder
+from flex_jax.ops.experts import dense_experts
+
+
+def assert_trees_close(ours, expected, bound=1e-5):
+    """Relative to the norm of each leaf."""
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
+
+
+def plain_client(model, params, shared, personal, batches, learning_rate):
+    """One client in plain JAX: dense experts, full logits, an unrolled loop of steps."""
+    dense = Decoder(model.config, model.adapters, dense_experts)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.1))
+
+    def loss(trained, tokens, mask):
+        logits = dense.apply({"params": params, "adapters": merge(*trained)}, tokens).logits[:, :-1]
+        entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return (entropy * mask[:, 1:]).sum() / mask[:, 1:].sum()
+
+    trained, losses = (shared, personal), []
+    opt_state = optimizer.init(trained)
+    for tokens, mask in zip(*batches, strict=True):
+        value, gradients = jax.value_and_grad(loss)(trained, tokens, mask)
+        updates, opt_state = optimizer.update(gradients, opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        losses.append(float(value))
+    return trained, np.mean(losses)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_equals_a_loop_over_clients(name, prepared, one_round, model, params, batches, examples):
+    frozen, state = prepared(name)
+    after, metrics = one_round(frozen, state)
+    shared, personal, losses = [], [], []
+    for client in range(len(examples)):
+        own = jax.tree.map(lambda leaf, c=client: leaf[c], state.clients.personal)
+        data = [leaf[client] for leaf in batches]
+        trained, loss = plain_client(model, params, state.server.shared, own, data, float(cosine(0, 5, 1e-2, 1e-3)))
+        shared.append(trained[0])
+        personal.append(trained[1])
+        losses.append(loss)
+    weights = examples / examples.sum()
+    mean = jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *shared)
+    assert_trees_close(after.server.shared, mean)
+    assert_trees_close(after.clients.personal, jax.tree.map(lambda *leaves: jnp.stack(leaves), *personal))
+    np.testing.assert_allclose(metrics["clients"]["train_loss"], losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_server_receives_the_shared_tree_and_counts_only(name, prepared, model, batches, examples, monkeypatch):
+    """The arrays handed over, inspected where they are handed over."""
+    frozen, state = prepared(name)
+    handed = []
+
+    def spy(*arguments):
+        handed.append(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments))
+        return aggregate(*arguments)
+
+    aggregate = round_module.aggregate
+    monkeypatch.setattr(round_module, "aggregate", spy)
+    round_fn = make_round(
+        model, rounds=1, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0
+    )
+    jax.eval_shape(round_fn, frozen, state, batches, np.arange(4, dtype=np.int32), examples)
+    (server, deltas, counts), = handed
+    assert server.shared == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state.server.shared)
+    assert deltas == jax.tree.map(lambda leaf: ((4, *leaf.shape), leaf.dtype), state.server.shared)
+    assert counts == ((4,), np.float32)
+
+
+def test_bytes_are_those_of_the_arrays_handed_over(prepared, one_round):
+    for name, shared in (("flex", True), ("fedavg", True), ("local", False)):
+        frozen, state = prepared(name)
+        _, metrics = one_round(frozen, state)
+        expected = sum(leaf.nbytes for leaf in jax.tree.leaves(state.server.shared))
+        assert (expected > 0) == shared
+        assert int(metrics["server"]["upload_bytes"]) == int(metrics["server"]["download_bytes"]) == expected
+
+
+@pytest.mark.parametrize("name", ["flex", "local"])
+def test_clients_outside_the_cohort_are_untouched_bit_for_bit(name, prepared, one_round):
+    frozen, state = prepared(name)
+    after, _ = one_round(frozen, state, cohort=(0, 2))
+    for before, now in zip(jax.tree.leaves(state.clients), jax.tree.leaves(after.clients), strict=True):
+        np.testing.assert_array_equal(before[1], now[1])
+        np.testing.assert_array_equal(before[3], now[3])
+    changed = [(a[0] != b[0]).any() for a, b in zip(
+        jax.tree.leaves(state.clients.personal), jax.tree.leaves(after.clients.personal), strict=True)]
+    assert any(changed)
+
+
+def test_a_client_trains_alike_whoever_else_takes_part(prepared, one_round):
+    frozen, state = prepared("local")
+    alone, _ = one_round(frozen, state, cohort=(2,))
+    together, _ = one_round(frozen, state)
+    third = [jax.tree.map(lambda leaf: leaf[2], after.clients.personal) for after in (alone, together)]
+    assert_trees_close(*third)
+
+
+def test_one_client_of_fedavg_is_that_client(prepared, one_round):
+    """With a cohort of one the mean is its own adapters: FedAvg and Local train the same."""
+    frozen, state = prepared("fedavg")
+    fedavg, _ = one_round(frozen, state, cohort=(1,))
+    local, _ = one_round(*prepared("local"), cohort=(1,))
+    assert_trees_close(fedavg.server.shared, jax.tree.map(lambda leaf: leaf[1], local.clients.personal))
+
+
+def test_one_compilation_serves_all_rounds(prepared, round_fn, one_round):
+    frozen, state = prepared("flex")
+    before = round_fn._cache_size()
+    for _ in range(3):
+        state, _ = one_round(frozen, state)
+    assert int(state.round) == 3
+    assert round_fn._cache_size() - before <= 1
+
+
+def test_the_learning_rate_follows_a_cosine_over_rounds(prepared, one_round):
+    frozen, state = prepared("fedavg")
+    rates = []
+    for _ in range(3):
+        state, metrics = one_round(frozen, state)
+        rates.append(float(metrics["server"]["learning_rate"]))
+    expected = [1e-3 + 0.5 * 9e-3 * (1 + np.cos(np.pi * r / 5)) for r in range(3)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_the_frozen_backbone_is_stored_once(prepared, round_fn, batches, examples, params):
+    """The compiled round holds no second copy of the backbone per client: its scratch does not grow by one."""
+    frozen, state = prepared("flex")
+    compiled = round_fn.lower(frozen, state, batches, np.arange(4, dtype=np.int32), examples).compile()
+    assert f"f32[4,{','.join(map(str, params['layers']['moe']['gate_up'].shape))}]" not in compiled.as_text()
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params["layers"]["moe"])}
+    for shape in shapes:
+        assert f"f32[4,{','.join(map(str, shape))}]" not in compiled.as_text()
