@@ -1,4 +1,4 @@
-"""General documents of the world of `language`, for pretraining: prose, lists, questions on a passage, copies.
+"""General documents of the world of `language`, for pretraining: prose, lists, questions on a passage, repetitions.
 
 Nothing here knows of departments, of their answers, or of the instruction format that fine-tuning uses.
 """
@@ -6,7 +6,7 @@ Nothing here knows of departments, of their answers, or of the instruction forma
 import random
 from collections.abc import Iterator
 
-from flex_jax.tiny.language import FIELDS, Message, make_message
+from flex_jax.tiny.language import CITIES, COLOURS, DAYS, FIELDS, ITEMS, PEOPLE, Message, make_message
 
 QUESTIONS = {
     "person": ("Who is the buyer?", "Who made the order?", "What is the name?"),
@@ -49,19 +49,25 @@ def recap(rng: random.Random, message: Message) -> str:
     )
 
 
+def repetition(rng: random.Random) -> str:
+    """Words in no order, said again and again: what in-context copying is learned from."""
+    words = [rng.choice((*PEOPLE, *ITEMS, *COLOURS, *CITIES, *DAYS)) for _ in range(rng.randint(3, 16))]
+    return f"Again: {' '.join(words * (48 // len(words)))}"
+
+
 def document(rng: random.Random) -> str:
-    """One document of about 100 tokens: a message and what can be said of it."""
+    """One document of about 100 tokens: a message and what can be said of it, or a repetition."""
     message = make_message(rng)
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 0.40:
         return f"{message.text}\n{questions(rng, message, len(FIELDS))}"
-    if kind < 0.60:
+    if kind < 0.50:
         return f"{message.text}\n{key_values(rng, message, len(FIELDS))}\n{questions(rng, message, 2)}"
-    if kind < 0.70:
+    if kind < 0.65:
         return f"{key_values(rng, message, len(FIELDS))}\n{questions(rng, message, len(FIELDS))}"
-    if kind < 0.85:
+    if kind < 0.75:
         return f"{message.text} {' '.join(recap(rng, message) for _ in range(4))}"
-    return f'{message.text} The text says: "{message.text}"'
+    return repetition(rng)
 
 
 def documents(seed: int) -> Iterator[str]:

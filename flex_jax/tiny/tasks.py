@@ -29,7 +29,7 @@ ASKS = {
     ),
     "information_extraction": (
         ("Extract", "List", "Pull out", "Note down", "Collect", "Get"),
-        ("the key details.", "the facts for our files.", "what matters to us.", "the main points.", "the data we need."),
+        ("the key details.", "the facts for our files.", "what matters to us.", "the main points.", "the data."),
     ),
     "summarization": (
         ("Summarize", "Sum up", "Shorten", "Boil down", "Condense", "Give the gist of"),
