@@ -2,8 +2,9 @@
 
     python -m flex_jax.main --config configs/quickstart.py
 
-Four clients, one for each department of the embedded tasks, and three seeds of every method. FedAvg and Local get LoRA of
-a rank at which a client trains no fewer parameters than with FLEx, and every method the best learning rate of one grid:
+Four clients, one for each department of the embedded tasks, and three seeds of every method. FedAvg and Local get LoRA
+of a rank at which a client trains no fewer parameters than with FLEx; every method has the best learning rate of a
+grid:
 
     python benchmarks/learning_rates.py --config configs/quickstart.py --rates 1e-3 2e-3 4e-3 8e-3 --seed 100
 """
@@ -21,8 +22,8 @@ def get_config():
     config.sequence_length = 112
     config.clients = 4
     config.note = (
-        "FedAvg and Local train no fewer parameters per client than FLEx: their LoRA has a higher rank. Each method has "
-        "the best learning rate of the grid 1e-3, 2e-3, 4e-3, 8e-3 on a seed that is not reported here: python "
+        "FedAvg and Local train no fewer parameters per client than FLEx: their LoRA has a higher rank. Each method "
+        "has the best learning rate of the grid 1e-3, 2e-3, 4e-3, 8e-3 on a seed that is not reported here: python "
         "benchmarks/learning_rates.py --config configs/quickstart.py --rates 1e-3 2e-3 4e-3 8e-3 --seed 100"
     )
 

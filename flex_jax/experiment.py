@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 from transformers import AutoTokenizer
 
+import flex_jax
 from flex_jax import tiny
 from flex_jax.config import for_method
 from flex_jax.data.batches import encode_client, evaluation_batches
@@ -127,9 +128,10 @@ def load_results(workdir: Path) -> dict:
     file = workdir / "results.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    packages = ("flex_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    versions = {"flex_jax": flex_jax.__version__} | {name: version(name) for name in packages}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
-    return {"runs": [], "summary": [], "versions": {name: version(name) for name in packages}, "device": device}
+    return {"runs": [], "summary": [], "versions": versions, "device": device}
 
 
 def fairness(config: ConfigDict, results: dict) -> str:

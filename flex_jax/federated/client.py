@@ -46,7 +46,7 @@ def client_round(
         trained, opt_state = carry
         value, gradients = jax.value_and_grad(loss)(trained, *inputs)
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
-        return (optax.apply_updates(trained, updates), opt_state), (value, optax.global_norm(gradients))
+        return (optax.apply_updates(trained, updates), opt_state), (value, optax.tree.norm(gradients))
 
     start = {"shared": shared, "personal": client.personal}
     step_keys = jax.random.split(key, batches.tokens.shape[0])

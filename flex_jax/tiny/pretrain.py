@@ -128,8 +128,7 @@ def answer_accuracy(model: Decoder, params: dict, tokenizer, seed: int) -> float
 
 
 def initial(model: Decoder, seed: int) -> dict:
-    """Random weights whose layers at first add little to the residual stream, so that tokens stay legible in it: without
-    that, in-context copying takes many times longer to appear."""
+    """Random weights whose layers at first add little to the residual stream, so that tokens stay legible in it."""
     params = model.init(jax.random.PRNGKey(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     scales = {"embedding": 5.0, "o_proj": 0.1, "down": 0.1}
 

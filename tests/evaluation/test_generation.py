@@ -1,5 +1,7 @@
 """Greedy generation for all clients at once against a loop without a cache."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +31,17 @@ def federation(model, model_config, params):
     return frozen, moved[0], state.clients._replace(personal=moved[1])
 
 
+@partial(jax.jit, static_argnums=0)
+def apply(model, params, adapters, tokens):
+    return model.apply({"params": params, "adapters": adapters}, tokens).logits
+
+
 def logits_of(model, federation, client, ids):
+    """Logits [len(ids), V] of one client, without a cache (the sequence is padded so that one compilation serves)."""
     frozen, shared, clients = federation
     own = jax.tree.map(lambda leaf: leaf[client], clients.personal)
-    variables = {"params": frozen.params, "adapters": merge(shared, own)}
-    return model.apply(variables, jnp.array([ids], jnp.int32)).logits[0]
+    padded = jnp.array([[*ids, *[0] * (16 - len(ids))]], jnp.int32)
+    return apply(model, frozen.params, merge(shared, own), padded)[0, : len(ids)]
 
 
 def naive(model, federation, client, prompt, end):
