@@ -21,8 +21,8 @@ def score(config_file: str, method: str, rate: float, seed: int) -> dict:
     config = load(config_file)
     config.methods, config.seeds = (method,), (seed,)
     config.optimizer.learning_rate, config.optimizer.final_learning_rate = rate, rate / 10
-    if method in config.overrides:
-        config.overrides[method].pop("optimizer", None)
+    if "optimizer" in config.overrides.get(method, {}):
+        del config.overrides[method].optimizer
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             average = run(config, Path(folder))["runs"][0]["average"]

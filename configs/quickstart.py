@@ -16,10 +16,10 @@ def get_config():
     config = default_config()
     config.methods = ("flex", "fedavg", "local")
     config.seeds = (0, 1, 2)
-    config.rounds = 24
+    config.rounds = 20
     config.local_steps = 10
     config.batch_size = 2
-    config.sequence_length = 112
+    config.sequence_length = 132
     config.clients = 4
     config.note = (
         "FedAvg and Local train no fewer parameters per client than FLEx: their LoRA has a higher rank. Each method "

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def arguments(checkpoint, workdir, *more):
         "evaluation.batch_size": 4,
         "slot.calibration_examples": 8,
     }
-    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    changed = [flag.removeprefix("--config.").split("=")[0] for flag in more]
+    flags = [f"--config.{key}={value}" for key, value in values.items() if key not in changed]
     return ["--config", str(ROOT / "configs/default.py"), "--workdir", str(workdir), *flags, *more]
 
 
@@ -170,9 +172,9 @@ def record(**changes):
 
 BAD_DATA = {
     "missing file": (None, "no such file|missing|does not exist"),
-    "no response": ([record(), json.dumps({"instruction": "a", "context": "", "category": "x"})], "line 2|response"),
-    "a response of spaces": ([record(), record(response="   ")], "line 2"),
-    "broken JSON": ([record(), '{"instruction": '], "line 2"),
+    "no response": ([record(), json.dumps({"instruction": "a", "context": "", "category": "x"})], ":2: .*response"),
+    "a response of spaces": ([record(), record(response="   ")], ":2: response is empty"),
+    "broken JSON": ([record(), '{"instruction": '], ":2: broken JSON"),
     "an empty client": ([record(instruction=str(i)) for i in range(5)], "client"),
 }
 
@@ -188,8 +190,6 @@ def test_bad_data_gives_one_line_and_status_2(kind, checkpoint, tmp_path, capsys
 
 
 def assert_refused(command, words, capsys, workdir):
-    import re
-
     assert main(command) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("flex_jax: error:") and "\n" not in error
