@@ -1,6 +1,6 @@
 """Search the learning rate of every method of a config equally: the same grid, the same held-out seed for all.
 
-    python benchmarks/learning_rates.py --config configs/quickstart.py --rates 4e-3 6e-3 9e-3 --seed 100
+    python benchmarks/learning_rates.py --config configs/quickstart.py --rates 3e-3 6e-3 --seed 100
 
 Prints one JSON line a run, then the best rate of each method by average ROUGE-L. The seed is none of the config's, so
 that the reported seeds are not those that chose the rate. The last rate of the cosine is a tenth of the first.
@@ -32,7 +32,7 @@ def score(config_file: str, method: str, rate: float, seed: int) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.py")
-    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 6e-3, 9e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 6e-3])
     parser.add_argument("--seed", type=int, default=100)
     arguments = parser.parse_args()
     rows = []
