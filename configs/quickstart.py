@@ -40,7 +40,8 @@ def get_config():
     config.optimizer.learning_rate = 3e-3
     config.optimizer.final_learning_rate = 3e-4
     baseline = {"lora": {"rank": 28, "alpha": 56.0}}
-    config.overrides = {"fedavg": baseline, "local": baseline}
+    faster = {"optimizer": {"learning_rate": 6e-3, "final_learning_rate": 6e-4}}
+    config.overrides = {"fedavg": baseline | faster, "local": baseline}
 
     config.evaluation.max_new_tokens = 24
     config.evaluation.batch_size = 40
