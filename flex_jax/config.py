@@ -57,6 +57,7 @@ def _one_of(*choices: str) -> Check:
 _POSITIVE = Check("a number above 0", lambda value: _is_number(value) and value > 0)
 _NOT_NEGATIVE = Check("a number of at least 0", lambda value: _is_number(value) and value >= 0)
 _PROBABILITY = Check("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
+_FLAG = Check("True or False", lambda value: isinstance(value, bool))
 _TEXT = Check("a text that is not empty", _is_text)
 _ANY_TEXT = Check("a text", lambda value: isinstance(value, str))
 _TEXTS = Check("a tuple of different texts", lambda value: _is_distinct(value, _is_text))
@@ -81,6 +82,9 @@ SCHEMA = {
     "note": Key("", _ANY_TEXT, "what a reader of the report has to know about this comparison"),
     "model.path": Key("tiny", _TEXT, "tiny (the embedded model) or a Hugging Face checkpoint directory"),
     "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "type of the frozen weights"),
+    "model.remat": Key(
+        True, _FLAG, "compute activations again in the backward pass: less memory, about a third more time"
+    ),
     "data.path": Key("tiny", _TEXT, "tiny (the embedded data), a file, a directory or a Hugging Face data set"),
     "data.split": Key("train", _TEXT, "split of a Hugging Face data set"),
     "data.fields": Key("auto", _TEXT, "which columns hold instruction and response; auto finds out"),

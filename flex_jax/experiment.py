@@ -53,9 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
                 results["summary"] = summarise(results["runs"])
                 write_json(workdir / "results.json", results)
     notes = [fairness(config, results), *([config.note] if config.note else [])]
-    write_report(
-        workdir / "report.html", results, read_metrics(metrics.path), notes=notes, config=config.to_dict()
-    )
+    write_report(workdir / "report.html", results, read_metrics(metrics.path), notes=notes, config=config.to_dict())
     print(summary_table(results))
     print(f"report: {workdir / 'report.html'}")
     return results
@@ -70,7 +68,7 @@ def load_backbone(config: ConfigDict) -> Backbone:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no usable tokenizer in the checkpoint directory ({error})") from error
     check_tokenizer(tokenizer, model.config.vocab_size)
-    return Backbone(model, params, tokenizer)
+    return Backbone(model.clone(remat=config.model.remat), params, tokenizer)
 
 
 def check_slots(config: ConfigDict, backbone: Backbone) -> None:

@@ -58,9 +58,7 @@ def adapter_config(config: ConfigDict) -> AdapterConfig:
     """The adapters that a method's config asks for."""
     lora = LoraConfig(config.lora.rank, config.lora.alpha, config.lora.dropout)
     slot_lora = LoraConfig(config.slot.rank, config.slot.alpha, config.lora.dropout)
-    return AdapterConfig(
-        lora, SlotConfig(config.slot.experts, config.slot.training, slot_lora, config.slot.gate_init)
-    )
+    return AdapterConfig(lora, SlotConfig(config.slot.experts, config.slot.training, slot_lora, config.slot.gate_init))
 
 
 def prepare(config: ConfigDict, backbone: Backbone, name: str, chosen: np.ndarray | None, key: jax.Array) -> Run:
@@ -92,7 +90,13 @@ def describe(config: ConfigDict, backbone: Backbone, name: str) -> dict:
     frozen, state = jax.eval_shape(shapes, backbone.params)
     cohort = own.cohort or own.clients
     row = plan(
-        backbone.model.config, frozen, state, cohort=cohort, batch=own.batch_size, sequence=own.sequence_length
+        backbone.model.config,
+        frozen,
+        state,
+        cohort=cohort,
+        batch=own.batch_size,
+        sequence=own.sequence_length,
+        remat=own.model.remat,
     )
     return row._asdict() | {"method": name, "clients": own.clients, "cohort": cohort}
 

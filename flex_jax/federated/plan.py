@@ -33,11 +33,13 @@ def size(tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def plan(config: ModelConfig, frozen: Frozen, state: RoundState, *, cohort: int, batch: int, sequence: int) -> Plan:
+def plan(
+    config: ModelConfig, frozen: Frozen, state: RoundState, *, cohort: int, batch: int, sequence: int, remat: bool
+) -> Plan:
     """The plan of a run of `cohort` clients at a time with batches [batch, sequence].
 
-    Activations: the input of every layer (rematerialisation keeps no more), and once what a layer's backward pass
-    needs: attention scores of one layer, the K + shared + personal hidden layers, one chunk of logits.
+    Activations: the input of every layer; what a layer's backward pass needs (attention scores, the K + shared +
+    personal hidden layers), for one layer with rematerialisation and for all of them without; one chunk of logits.
     """
     clients = len(jax.tree.leaves(state.clients)[0]) if jax.tree.leaves(state.clients) else 1
     personal = count(state.clients.personal) // clients
@@ -50,7 +52,8 @@ def plan(config: ModelConfig, frozen: Frozen, state: RoundState, *, cohort: int,
     hidden = 3 * c.experts_per_token * (c.width + 2 * c.expert_width) + 3 * 2 * c.shared_expert_width
     hidden += 3 * 2 * c.expert_width if personal else 0
     logits = 3 * tokens * min(c.vocab_size, 8192) * 4
-    activations = layer_inputs + attention + tokens * hidden * itemsize + logits
+    held = 1 if remat else c.layers
+    activations = layer_inputs + held * (attention + tokens * hidden * itemsize) + logits
     client_bytes = 5 * trained_bytes
     return Plan(
         frozen=count(frozen),

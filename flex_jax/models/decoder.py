@@ -66,13 +66,14 @@ class Decoder(nn.Module):
 
     `params` the frozen backbone; `adapters` what is trained (LoRA, personal slots), absent or empty for the pretrained
     model; `grafts` the int32 indices of the experts that the slots came from. LoRA dropout is active where the random
-    stream "dropout" is given.
+    stream "dropout" is given. With `remat` a backward pass computes each layer again from its input.
     """
 
     config: ModelConfig
     adapters: AdapterConfig = AdapterConfig()
     experts: Callable = frozen_experts
     probe: Probe | None = None
+    remat: bool = True
 
     def setup(self):
         c = self.config
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         if not c.tied_head:
             self.head = self.param("head", nn.initializers.normal(0.02), (c.vocab_size, c.width))
         self.layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False),
+            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
             variable_axes={"params": 0, "adapters": 0, "grafts": 0},
             split_rngs={"params": True, DROPOUT: True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -92,7 +93,7 @@ class Decoder(nn.Module):
         """Hidden states of tokens [B, S] int32, whose attention_mask [B, S] is 0 at padding or None.
 
         With a `cache` (see `init_cache`) the tokens stand at `positions` [B, S] and attend to all cached positions up
-        to their own. A backward pass computes each layer again from its input.
+        to their own.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

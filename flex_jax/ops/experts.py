@@ -49,7 +49,8 @@ def _sort(index: jax.Array, num_experts: int):
     """Order of the T*K (token, expert) assignments by expert, its inverse, and how many each expert has."""
     flat = index.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    return order, jnp.argsort(order), jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+    return order, inverse, jnp.bincount(flat, length=num_experts).astype(jnp.int32)
 
 
 def _forward_tokens(x, gate_up, down, index, weight):

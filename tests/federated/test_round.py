@@ -36,8 +36,8 @@ def plain_gradients(model, params, trained, tokens, mask):
 
 
 def plain_client(model, params, shared, personal, batches, learning_rate):
-    """One client as a Python loop over its steps."""
-    dense = Decoder(model.config, model.adapters, dense_experts)
+    """One client as a Python loop over its steps, every activation kept."""
+    dense = Decoder(model.config, model.adapters, dense_experts, remat=False)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.1))
     trained, losses = (shared, personal), []
     opt_state = optimizer.init(trained)
@@ -84,7 +84,7 @@ def test_the_server_receives_the_shared_tree_and_counts_only(name, prepared, mod
         model, rounds=1, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0
     )
     jax.eval_shape(round_fn, frozen, state, batches, np.arange(4, dtype=np.int32), examples)
-    (server, deltas, counts), = handed
+    ((server, deltas, counts),) = handed
     assert server.shared == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state.server.shared)
     assert deltas == jax.tree.map(lambda leaf: ((4, *leaf.shape), leaf.dtype), state.server.shared)
     assert counts == ((4,), np.float32)
@@ -106,8 +106,10 @@ def test_clients_outside_the_cohort_are_untouched_bit_for_bit(name, prepared, on
     for before, now in zip(jax.tree.leaves(state.clients), jax.tree.leaves(after.clients), strict=True):
         np.testing.assert_array_equal(before[1], now[1])
         np.testing.assert_array_equal(before[3], now[3])
-    changed = [(a[0] != b[0]).any() for a, b in zip(
-        jax.tree.leaves(state.clients.personal), jax.tree.leaves(after.clients.personal), strict=True)]
+    changed = [
+        (a[0] != b[0]).any()
+        for a, b in zip(jax.tree.leaves(state.clients.personal), jax.tree.leaves(after.clients.personal), strict=True)
+    ]
     assert any(changed)
 
 
