@@ -1,12 +1,16 @@
-"""General documents of the world of `language`, for pretraining: prose, lists, questions on a passage, repetitions.
+"""General documents of the world of `language`, for pretraining: prose, lists, questions on a passage, instructions,
+repetitions.
 
-Nothing here knows of departments, of their answers, or of the instruction format that fine-tuning uses.
+The format of the instructions is the one that fine-tuning uses, as a base model of our day has met it. Words of
+the embedded tasks come up in no order only: nothing here knows of departments, of their answers, or of what their
+instructions ask for.
 """
 
 import random
 from collections.abc import Iterator
 
-from flex_jax.tiny.language import CITIES, COLOURS, DAYS, FIELDS, ITEMS, PEOPLE, Message, make_message
+from flex_jax.data.prompts import TEMPLATE
+from flex_jax.tiny.language import FIELDS, NAMES, SEPARATORS, WORDS, Message, make_message
 
 QUESTIONS = {
     "person": ("Who is the buyer?", "Who made the order?", "What is the name?"),
@@ -15,6 +19,7 @@ QUESTIONS = {
     "city": ("Where does it go?", "Which city is named?", "What is the city?"),
     "price": ("How much is it?", "What does it cost?", "What is the sum?"),
     "day": ("Which day is named?", "When is it?", "What is the date?"),
+    "topic": ("What kind of note is it?", "What is it about?"),
 }
 
 
@@ -49,29 +54,49 @@ def recap(rng: random.Random, message: Message) -> str:
     )
 
 
+def instructed(rng: random.Random, message: Message) -> str:
+    """One or two questions before the message, answered after it in their order."""
+    fields = rng.sample((*FIELDS, "topic"), rng.choice((1, 2, 2)))
+    instruction = " ".join(rng.choice(QUESTIONS[field]) for field in fields)
+    answer = rng.choice((", ", "; ", " and ")).join(getattr(message, field) for field in fields)
+    return f"{TEMPLATE.format(f'{instruction} {message.text}')} {answer}"
+
+
 def repetition(rng: random.Random) -> str:
     """Words in no order, said again and again: what in-context copying is learned from."""
-    words = [rng.choice((*PEOPLE, *ITEMS, *COLOURS, *CITIES, *DAYS)) for _ in range(rng.randint(3, 16))]
+    words = [rng.choice(NAMES) for _ in range(rng.randint(3, 16))]
     return f"Again: {' '.join(words * (48 // len(words)))}"
 
 
-def document(rng: random.Random) -> str:
-    """One document of about 100 tokens: a message and what can be said of it, or a repetition."""
+def phrases(rng: random.Random, message: Message) -> str:
+    """Words of the office in no order, with marks between them: to be said after a message, or said again and again."""
+    count = rng.randint(1, 8)
+    pool = (*NAMES, *WORDS, *(word.capitalize() for word in WORDS))
+    phrase = "".join(rng.choice(pool) + rng.choice(SEPARATORS) for _ in range(count)).rstrip(" ,;:/.(")
+    if rng.random() < 0.5:
+        return f"{TEMPLATE.format(f'Say: {phrase}. {message.text}')} {phrase}"
+    return "\n".join([phrase] * (48 // count))
+
+
+def document(rng: random.Random, office_words: bool) -> str:
+    """One document of 40 to 100 tokens: a message and what can be said of it, or words in no order."""
     message = make_message(rng)
+    if office_words and rng.random() < 0.3:
+        return phrases(rng, message)
     kind = rng.random()
-    if kind < 0.40:
-        return f"{message.text}\n{questions(rng, message, len(FIELDS))}"
     if kind < 0.50:
-        return f"{message.text}\n{key_values(rng, message, len(FIELDS))}\n{questions(rng, message, 2)}"
-    if kind < 0.65:
-        return f"{key_values(rng, message, len(FIELDS))}\n{questions(rng, message, len(FIELDS))}"
+        return instructed(rng, message)
+    if kind < 0.70:
+        return f"{message.text}\n{questions(rng, message, len(FIELDS))}"
     if kind < 0.75:
+        return f"{key_values(rng, message, len(FIELDS))}\n{questions(rng, message, len(FIELDS))}"
+    if kind < 0.80:
         return f"{message.text} {' '.join(recap(rng, message) for _ in range(4))}"
     return repetition(rng)
 
 
-def documents(seed: int) -> Iterator[str]:
-    """Documents without end, the same for the same seed."""
+def documents(seed: int, *, office_words: bool) -> Iterator[str]:
+    """Documents without end, the same for the same seed; with or without the words that no message uses."""
     rng = random.Random(f"corpus {seed}")
     while True:
-        yield document(rng)
+        yield document(rng, office_words)

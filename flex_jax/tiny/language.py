@@ -1,4 +1,7 @@
-"""A small English-like world of office messages: who ordered what, for how much, where it goes, what went wrong."""
+"""A small English-like world of office messages: who ordered what, for how much, where it goes, what went wrong.
+
+Beside the messages it has words of office English that no message uses: known as words, without a meaning here.
+"""
 
 import random
 from typing import NamedTuple
@@ -41,6 +44,18 @@ TOPICS = {
         "Are spare parts available?",
     ),
 }  # fmt: skip
+NAMES = (*PEOPLE, *ITEMS, *COLOURS, *CITIES, *DAYS)
+WORDS = (
+    "a about account advice amount and article at back boil breach by call case category charge check claims "
+    "classify client closed collect condense copy correction cost customer day deadline dear delivery depot desk "
+    "destination discount dispute dollars done down exchange extract file find finish first for form from get gist "
+    "give goods got help here hold how in kind label last letter liability list look looks mail matter me message name "
+    "named new no normal note note of office old on open order our out page paint pick place product pull put "
+    "refund reply report returns second shade shorten slot sort state stock sum summarize tag team tell text thanks "
+    "that the there third this time to today total town trace up urgent us value way we week weekday what who with "
+    "work write wrote year you your below"
+).split()
+SEPARATORS = (*(" ",) * 6, ", ", "; ", ": ", " / ", ". ", " (", ") ")
 FIELDS = ("person", "item", "colour", "city", "price", "day")
 
 

@@ -2,24 +2,26 @@
 
 Generates the corpus, trains the tokenizer, trains a Qwen2-MoE from scratch on it with every weight (cross-entropy plus
 the load-balancing loss of the Switch Transformer, arXiv 2101.03961), and writes a Hugging Face directory. Seeded. The
-committed one took 17 minutes on two shared x86 cores and answers 98.8% of held-out questions on a passage in full.
+committed one took 15 min 31 s on two shared x86 cores; on held-out text it has 98.4% of first facts right after a
+question and 100% after an instruction (256 of each).
 """
 
 import argparse
 import itertools
+import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast
 
-from flex_jax.data.prompts import TEMPLATE
+from flex_jax.data.prompts import RESPONSE_HEADING, TEMPLATE
 from flex_jax.models.checkpoint import save_pretrained
 from flex_jax.models.config import ModelConfig
 from flex_jax.models.decoder import Decoder
@@ -31,7 +33,7 @@ from flex_jax.tiny.tasks import make_records
 
 CONFIG = ModelConfig(
     family="qwen2_moe",
-    vocab_size=768,
+    vocab_size=1024,
     width=96,
     layers=4,
     heads=4,
@@ -52,27 +54,30 @@ BALANCE = 0.01  # weight of the load-balancing loss
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over words of the corpus and the task set, and over the prompt template, so that it is short."""
-    texts = list(itertools.islice(documents(seed), 3000))
-    texts += [" ".join((r["instruction"], r["context"], r["response"])) for r in make_records()] + [TEMPLATE] * 300
+    """Byte-level BPE over words of the corpus and the task set; each fixed part of the prompt is one token."""
+    texts = list(itertools.islice(documents(seed, office_words=False), 3000))
+    texts += [" ".join((r["instruction"], r["context"], r["response"])) for r in make_records()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    parts = (TEMPLATE.partition("{}")[0], RESPONSE_HEADING)
+    fixed = re.compile("|".join(map(re.escape, parts)))
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab_size,
+        vocab_size=CONFIG.vocab_size - len(parts),
         special_tokens=[END, PAD],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((fixed.sub(" ", text) for text in texts), trainer)
+    tokenizer.add_tokens([AddedToken(part, normalized=False) for part in parts])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-def batches(tokenizer, seed: int, batch: int, sequence: int):
+def batches(tokenizer, stream: Iterator[str], batch: int, sequence: int) -> Iterator[np.ndarray]:
     """Documents, each with its end, packed into [batch, sequence + 1] int32 arrays without end."""
-    stream, end = documents(seed), tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
     row = []
     while True:
         rows = []
@@ -105,16 +110,16 @@ def loss(model: Decoder, params: dict, tokens: jax.Array) -> tuple[jax.Array, ja
     return entropy + BALANCE * jax.vmap(imbalance)(out.router_logits).mean(), entropy
 
 
-def answer_accuracy(model: Decoder, params: dict, tokenizer, seed: int) -> float:
-    """Share of 256 held-out questions on a passage, the first of each document, whose whole answer is the most likely
-    one, token by token."""
+def answer_accuracy(model: Decoder, params: dict, tokenizer, seed: int, heading: str) -> float:
+    """Share of 256 held-out documents with `heading` ("Answer:" or that of the response) in which the first fact after
+    it is the most likely one, token by token."""
     sequences, answers = [], []
-    for text in documents(seed):
-        head, mark, rest = text.partition(" Answer: ")
-        value = rest.split("\n")[0].rstrip(".")
-        if mark and not value.startswith("It is"):
-            sequences.append(tokenizer(f"{head} Answer:")["input_ids"])
-            answers.append(tokenizer(f" {value}")["input_ids"])
+    for text in documents(seed, office_words=False):
+        head, mark, rest = text.partition(heading)
+        value = re.split(r"[.,;\n]| and ", rest)[0]
+        if mark and not value.startswith(" It is"):
+            sequences.append(tokenizer(head + mark)["input_ids"])
+            answers.append(tokenizer(value)["input_ids"])
         if len(answers) == 256:
             break
     length = max(len(ids) + len(answer) for ids, answer in zip(sequences, answers, strict=True))
@@ -139,12 +144,10 @@ def initial(model: Decoder, seed: int) -> dict:
     return jax.tree_util.tree_map_with_path(scaled, params)
 
 
-def pretrain(out: Path, *, seed: int, steps: int, batch: int, sequence: int, learning_rate: float) -> None:
-    """Train and write the checkpoint; prints loss and retrieval accuracy on the way."""
-    nn.remat = lambda module, **_: module  # as much memory as it takes: the model is small, the time is not
-    tokenizer = train_tokenizer(seed)
-    model = Decoder(CONFIG, experts=joined_experts)
-    params = initial(model, seed)
+def train(
+    model: Decoder, params: dict, stream: Iterator[np.ndarray], *, steps: int, learning_rate: float, report
+) -> dict:
+    """AdamW over all weights along one warm-up and cosine; `report(number, params, entropy)` at every 200th step."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps, learning_rate / 50)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
@@ -154,23 +157,41 @@ def pretrain(out: Path, *, seed: int, steps: int, batch: int, sequence: int, lea
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, entropy
 
-    stream, opt_state = batches(tokenizer, seed, batch, sequence), optimizer.init(params)
-    progress = trange(steps, desc="pretraining", mininterval=5)
-    for number in progress:
+    opt_state = optimizer.init(params)
+    for number in trange(1, steps + 1, desc="pretraining", mininterval=5):
         params, opt_state, entropy = step(params, opt_state, next(stream))
-        if number % 50 == 0:
-            progress.set_postfix_str(f"loss {float(entropy):.3f}")
-        if (number + 1) % 200 == 0 or number + 1 == steps:
-            accuracy = answer_accuracy(model, params, tokenizer, seed + 1)
-            print(f"\nstep {number + 1}: loss {float(entropy):.3f} nats, answers right {accuracy:.1%}", flush=True)
-            save_pretrained(out, CONFIG, params, tokenizer=tokenizer)
+        if number % 200 == 0 or number == steps:
+            report(number, params, float(entropy))
+    return params
+
+
+def pretrain(out: Path, *, seed: int, steps: list[int], batch: int, sequence: int, learning_rate: float) -> None:
+    """Train and write the checkpoint; prints loss and the share of right facts on the way.
+
+    Two stages: documents of the world of messages, from which finding a fact is learned (mixed with words in no order
+    from the start it is not, at this size); then documents with the other words of the office too, at half the rate.
+    """
+    tokenizer = train_tokenizer(seed)
+    model = Decoder(CONFIG, experts=joined_experts, remat=False)
+    params = initial(model, seed)
+
+    def report(number, params, entropy):
+        right = [answer_accuracy(model, params, tokenizer, seed + 1, mark) for mark in ("Answer:", RESPONSE_HEADING)]
+        facts = "first facts right: {:.1%} of questions, {:.1%} of instructions".format(*right)
+        print(f"\nstep {number}: loss {entropy:.3f} nats, {facts}", flush=True)
+        save_pretrained(out, CONFIG, params, tokenizer=tokenizer)
+
+    for stage, office_words in enumerate((False, True)):
+        stream = batches(tokenizer, documents(seed, office_words=office_words), batch, sequence)
+        rate = learning_rate / 2**stage
+        params = train(model, params, stream, steps=steps[stage], learning_rate=rate, report=report)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=CHECKPOINT)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, nargs=2, default=[3200, 1000])
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--sequence", type=int, default=112)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
