@@ -47,6 +47,7 @@ def evaluate(
     )
     scores = []
     for loss, records, predictions in zip(losses, held_out.records, answers, strict=True):
+        apart = -(-len(records) // EXAMPLES_SHOWN)  # spread over the client's records, which may be in order of task
         shown = [
             {
                 "instruction": record["instruction"],
@@ -54,7 +55,7 @@ def evaluate(
                 "reference": record["response"],
                 "prediction": prediction,
             }
-            for record, prediction in list(zip(records, predictions, strict=True))[:EXAMPLES_SHOWN]
+            for record, prediction in list(zip(records, predictions, strict=True))[::apart]
         ]
         perplexity = float(np.exp(min(loss, 700.0)))
         references = [record["response"] for record in records]
