@@ -26,7 +26,7 @@ def get_config():
         "FedAvg and Local train no fewer parameters per client than FLEx: their LoRA has a higher rank. Each method "
         "has the best learning rate of the grid 2e-3, 4e-3, 8e-3 on two seeds that are not reported here: python "
         "benchmarks/learning_rates.py --config configs/quickstart.py --rates 2e-3 4e-3 8e-3 --seeds 103 104. "
-        "The rest of the setting (examples a client, local steps, slot and ranks) was chosen over about 90 runs on "
+        "The rest of the setting (examples a client, local steps, slot and ranks) was chosen over about 110 runs on "
         "seeds 100 to 105, looking for one in which FLEx leads; differences of a few points are within the noise."
     )
 
