@@ -1,5 +1,6 @@
 """A round of a vmapped cohort against a loop over clients written out with optax, and who hands what to whom."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -146,6 +147,24 @@ def test_the_learning_rate_follows_a_cosine_over_rounds(prepared, one_round):
         rates.append(float(metrics["server"]["learning_rate"]))
     expected = [1e-3 + 0.5 * 9e-3 * (1 + np.cos(np.pi * r / 5)) for r in range(3)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_dropout_is_drawn_anew_in_every_round_and_the_same_again(prepared, model, batches, examples):
+    """The same state and batches at a constant rate: only the number of the round tells one call from another."""
+    lora = replace(model.adapters.lora, dropout=0.5)
+    dropping = model.clone(adapters=replace(model.adapters, lora=lora))
+    round_fn = make_round(
+        dropping, rounds=5, learning_rate=1e-2, final_learning_rate=1e-2, weight_decay=0.0, clip_norm=1.0
+    )
+
+    def losses(number):
+        frozen, state = prepared("fedavg")
+        state = state._replace(round=state.round + number)
+        return round_fn(frozen, state, batches, np.arange(len(examples)), examples)[1]["clients"]["train_loss"]
+
+    first = np.asarray(losses(0))
+    np.testing.assert_array_equal(first, losses(0))
+    assert not np.array_equal(first, losses(1))
 
 
 def test_the_frozen_backbone_is_stored_once(prepared, round_fn, batches, examples, params):
