@@ -82,9 +82,7 @@ SCHEMA = {
     "note": Key("", _ANY_TEXT, "what a reader of the report has to know about this comparison"),
     "model.path": Key("tiny", _TEXT, "tiny (the embedded model) or a Hugging Face checkpoint directory"),
     "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "type of the frozen weights"),
-    "model.remat": Key(
-        True, _FLAG, "compute activations again in the backward pass: less memory, about a third more time"
-    ),
+    "model.remat": Key(True, _FLAG, "compute activations again in the backward pass: less memory, more time"),
     "data.path": Key("tiny", _TEXT, "tiny (the embedded data), a file, a directory or a Hugging Face data set"),
     "data.split": Key("train", _TEXT, "split of a Hugging Face data set"),
     "data.fields": Key("auto", _TEXT, "which columns hold instruction and response; auto finds out"),
