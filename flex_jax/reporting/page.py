@@ -133,7 +133,7 @@ def _costs(results: Mapping) -> str:
     rows = []
     for method in _methods(results):
         runs = [run for run in results["runs"] if run["method"] == method]
-        compilation = max((run["timing"]["compile_s"] for run in runs), default=0.0)  # later seeds use the first's
+        compilation = max(run["timing"]["compile_s"] for run in runs)  # later seeds use the first's
         forms = {"round_s_median": ".3g", "train_tokens_per_s": ",.0f"}
         times = [mean_number((run["timing"][key] for run in runs), form) for key, form in forms.items()]
         total = fmean(run["communication"]["total_bytes"] for run in runs)
