@@ -80,7 +80,7 @@ def prepare(config: ConfigDict, backbone: Backbone, name: str, chosen: np.ndarra
 def describe(config: ConfigDict, backbone: Backbone, name: str) -> dict:
     """One row of the plan, from shapes alone."""
     own = for_method(config, name)
-    layers, experts = backbone.model.config.layers, own.slot.experts
+    layers, experts = backbone.model.config.moe_layers, own.slot.experts
     chosen = np.zeros((own.clients, layers, experts), np.int32) if METHODS[name].personal_slot else None
 
     def shapes(params):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flex_jax.models.config import AdapterConfig, LoraConfig, ModelConfig, SlotConfig
+from flex_jax.models.config import AdapterConfig, LoraConfig, ModelConfig, Rope, SlotConfig
 from flex_jax.models.decoder import Decoder
 
 
@@ -40,7 +40,9 @@ def model_config():
         attention_bias=True,
         tied_head=False,
         norm_epsilon=1e-6,
-        rope_theta=10000.0,
+        max_positions=4096,
+        rope=Rope(theta=10000.0),
+        shared_expert_gate=True,
     )
 
 

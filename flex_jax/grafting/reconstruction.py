@@ -10,7 +10,8 @@ from jax import lax
 
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.moe import Observation
-from flex_jax.ops.experts import swiglu
+from flex_jax.ops.experts import ExpertWeights, swiglu
+from flex_jax.ops.quantised import dequantise
 
 
 def squared_errors(seen: Observation, grafts: dict) -> jax.Array:
@@ -22,20 +23,22 @@ def squared_errors(seen: Observation, grafts: dict) -> jax.Array:
     """
     target = seen.routed.astype(jnp.float32)
 
-    def output(gate_up, down):
+    def output(expert: ExpertWeights):
+        gate_up, down = (dequantise(matrix, seen.x.dtype) for matrix in expert)
         return (swiglu(seen.x @ gate_up) @ down).astype(jnp.float32)
 
     kept = grafts.get("expert_index")  # [j] int32
     if kept is not None:
         logits = seen.router_logits[..., kept]
         share = jax.nn.softmax(logits)
-        outputs = [output(seen.weights.gate_up[kept[j]], seen.weights.down[kept[j]]) for j in range(kept.shape[0])]
+        experts = [jax.tree.map(lambda leaf, j=j: leaf[kept[j]], seen.weights) for j in range(kept.shape[0])]
+        outputs = [output(expert) for expert in experts]
         kept_output = sum(share[..., j, None] * out for j, out in enumerate(outputs))
         rivals = jax.nn.logsumexp(logits, axis=-1)
 
     def candidate(expert):
         weights, logit = expert
-        out = output(*weights)
+        out = output(weights)
         if kept is not None:
             weight = jax.nn.sigmoid(logit - rivals)[..., None]
             out = weight * out + (1.0 - weight) * kept_output
@@ -72,7 +75,7 @@ def reconstruction_losses(model: Decoder, frozen: dict, batches: Iterable) -> np
     one sequence. batches: (input_ids [B, S], attention_mask [B, S]) pairs, streamed: memory does not depend on their
     number.
     """
-    total = np.zeros((model.config.layers, model.config.experts))
+    total = np.zeros((model.config.moe_layers, model.config.experts))
     for tokens, attention_mask in batches:
         total += np.asarray(batch_losses(model, frozen, jnp.asarray(tokens), jnp.asarray(attention_mask)), np.float64)
     return total

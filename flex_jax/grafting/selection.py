@@ -63,6 +63,6 @@ def select(
 ) -> np.ndarray:
     """Chosen experts [C, L, experts] int32; selection is "reconstruction", "router" or "random"."""
     if selection == "random":
-        return at_random(key, clients, model.config.layers, model.config.experts, experts)
+        return at_random(key, clients, model.config.moe_layers, model.config.experts, experts)
     choose = {"reconstruction": by_reconstruction, "router": by_router}[selection]
     return choose(model, frozen, batches, experts)

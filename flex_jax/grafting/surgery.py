@@ -1,10 +1,13 @@
 """Tree surgery: fill a client's personal slots and gates from the frozen tree (FLEx step 3)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from flex_jax.models.config import SlotConfig
 from flex_jax.models.lora import init_lora
+from flex_jax.ops.quantised import dequantise
 
 CLOSED_BIAS = -4.0  # sigmoid 0.018: nearly the pretrained model, and still some gradient
 
@@ -21,7 +24,8 @@ def fill_slots(frozen: dict, chosen: jax.Array, slot: SlotConfig, key: jax.Array
     inputs, stack = moe["gate_up"].shape[2], chosen.shape
 
     def take(stacked, axis):  # the chosen experts of each layer, along the layer's own `axis`
-        return jax.vmap(lambda layer, experts: jnp.take(layer, experts, axis=axis))(stacked, chosen).astype(jnp.float32)
+        rows = jax.vmap(partial(jnp.take, axis=axis))
+        return dequantise(jax.tree.map(lambda leaf: rows(leaf, chosen), stacked), jnp.float32)
 
     if slot.training == "full":
         gate_up = take(moe["gate_up"], 0)

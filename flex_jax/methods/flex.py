@@ -5,7 +5,7 @@ from flex_jax.methods.method import Method
 METHOD = Method(
     placement=(
         (r"layers/moe/slot/.*", "personal"),
-        (r"layers/attention/.*", "shared"),
+        (r"(dense_)?layers/attention/.*", "shared"),
     ),
     personal_slot=True,
 )

@@ -1,21 +1,18 @@
-"""The shared part of the adapters tree, as it starts: LoRA on the query, key and value projections."""
+"""The shared part of the adapters tree, as it starts: LoRA on the projections that make queries, keys and values."""
 
 import jax
 
+from flex_jax.models.attention import adapted_projections
 from flex_jax.models.config import LoraConfig, ModelConfig
+from flex_jax.models.decoder import layer_stacks
 from flex_jax.models.lora import init_lora
 
 
 def init_attention_lora(key: jax.Array, config: ModelConfig, lora: LoraConfig) -> dict:
-    """LoRA pairs [L, D, R], [L, R, F] for q, k and v of every layer; their product is zero."""
-    outputs = {
-        "q_proj": config.heads * config.head_dim,
-        "k_proj": config.kv_heads * config.head_dim,
-        "v_proj": config.kv_heads * config.head_dim,
-    }
-    keys = jax.random.split(key, len(outputs))
-    pairs = {
-        name: init_lora(name_key, lora.rank, (config.layers,), config.width, size)
-        for name_key, (name, size) in zip(keys, outputs.items(), strict=True)
-    }
-    return {"layers": {"attention": pairs}}
+    """LoRA pairs [L, D, R], [L, R, F] for every layer, under each stack of layers; their product is zero."""
+    projections, stacks = adapted_projections(config), layer_stacks(config)
+    places = [(stack, name) for stack in reversed(stacks) for name in projections]
+    tree = {stack: {"attention": {}} for stack in stacks}
+    for pair_key, (stack, name) in zip(jax.random.split(key, len(places)), places, strict=True):
+        tree[stack]["attention"][name] = init_lora(pair_key, lora.rank, (stacks[stack],), *projections[name])
+    return tree

@@ -1,7 +1,11 @@
 """Hugging Face directories of safetensors, in and out."""
 
 import contextlib
+import itertools
 import json
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,16 +13,50 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (gives NumPy the name bfloat16, which safetensors asks for)
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from flex_jax.errors import InputError
 from flex_jax.models.config import ModelConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.families import FAMILIES
+from flex_jax.models.families.family import read_config, tensors, write_config
+from flex_jax.models.tensors import Tensor
+from flex_jax.ops.quantised import Quantised, dequantise, quantise
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FUSED = "mlp.experts.gate_up_proj"  # the name of the experts of a layer where they share a tensor
+READABLE = ("F64", "F32", "F16", "BF16")
+IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # computed, not learnt; some old checkpoints hold it
+NAMED_ERRORS = 8  # wrong tensors that the error line names; the others are counted
+SHARD_BYTES = 5e9
+
+Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # of a parameter's path and shape
+
+
+def find_checkpoint(path) -> Path:
+    """The local directory of a checkpoint: `path` itself, or where the Hugging Face Hub model of this name lies once it
+    is downloaded. Raises InputError when it is neither."""
+    directory = Path(path).expanduser()
+    if directory.exists():
+        return directory
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise InputError(f"{path}: no such checkpoint directory, and not the name OWNER/MODEL of a Hub model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{path}: no such directory, and as a Hub model it is not in the local cache and the Hub cannot be "
+            f"reached; where it can, run: hf download {path}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"{path}: no such directory, and the Hub does not give it: {error}") from error
 
 
 def load_config(path) -> ModelConfig:
@@ -26,49 +64,106 @@ def load_config(path) -> ModelConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise InputError(f"{path}: not a checkpoint directory (no config.json)")
+    raw = _read_json(file)
+    name = raw.get("model_type")
+    if name not in FAMILIES:
+        raise InputError(f"{file}: model_type {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: broken JSON ({error})") from error
-    family = raw.get("model_type") if isinstance(raw, dict) else None
-    if family not in FAMILIES:
-        raise InputError(f"{file}: model_type {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    try:
-        config, unsupported = FAMILIES[family].read_config(raw)
+        config, problems = read_config(FAMILIES[name], raw)
     except KeyError as error:
         raise InputError(f"{file}: key {error} is missing") from error
-    if unsupported:
-        raise InputError(f"{file}: not supported: {'; '.join(unsupported)}")
+    if problems:
+        raise InputError(f"{file}: not supported: {'; '.join(problems)}")
     return config
 
 
-def load_pretrained(path, *, dtype: str = "float32") -> tuple[Decoder, dict]:
-    """A model and its frozen parameters from a Hugging Face directory.
+def load_pretrained(
+    path, *, dtype: str = "float32", quantisation: str | None = None, sharding: Sharding | None = None
+) -> tuple[Decoder, dict]:
+    """A model and its frozen parameters, from a Hugging Face directory or a Hub name.
 
-    The family is read from config.json; every weight is cast to `dtype` ("float32" or "bfloat16"). Raises InputError
-    with every missing or misshapen tensor named at once.
+    The family is read from config.json. Every weight is cast to `dtype` ("float32" or "bfloat16"); with `quantisation`
+    ("int8" or "int4") the matrices of the layers, routers apart, become `Quantised` with scales of that dtype.
+    `sharding` says where a parameter goes; by default to the one device. Tensors are read, cast and placed one by one,
+    so that no more than one of them is in memory beside the parameters. Raises InputError with the missing, misshapen
+    and unknown tensors named at once.
     """
-    config = load_config(path)
-    table = FAMILIES[config.family].tensors(config)
+    directory = find_checkpoint(path)
+    config = load_config(directory)
     with contextlib.ExitStack() as stack:
-        files = _open(Path(path), stack)
-        _check(path, table, config, files)
-        flat = {}
-        for tensor in table:
-            whole = tensor.assemble(config, lambda name: files[name].get_tensor(name), jnp.dtype(dtype))
-            flat[tensor.path] = jnp.asarray(whole)
+        files = _open(directory, stack)
+        fused = any(name.endswith(FUSED) for name in files)
+        table = tensors(FAMILIES[config.family], config, fused=fused)
+        _check(directory, table, files)
+        with tqdm(total=sum(1 for row in table for _ in row.parts()), desc="load", unit=" tensors", delay=3) as progress:
+            flat = {}
+            for row in table:
+                parameter = empty_parameter(row, dtype, quantisation, sharding)
+                for name, start in row.parts():
+                    part = files[name].get_tensor(name)
+                    parameter = _place(parameter, part, np.array(start, np.int32), row.transposed)
+                    progress.update()
+                flat[row.path] = parameter
     return Decoder(config), unflatten_dict(flat, sep="/")
 
 
-def _open(path: Path, stack) -> dict:
-    """Tensor name -> the open file that holds it."""
-    if (path / INDEX).is_file():
-        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+def empty_params(config: ModelConfig, *, dtype: str, quantisation: str | None = None) -> dict:
+    """Zeros in the place of every parameter; under `jax.eval_shape`, shapes."""
+    table = tensors(FAMILIES[config.family], config)
+    return unflatten_dict({row.path: empty_parameter(row, dtype, quantisation) for row in table}, sep="/")
+
+
+def empty_parameter(row: Tensor, dtype: str, quantisation: str | None, sharding: Sharding | None = None):
+    """Zeros in the place of one parameter."""
+    shape = row.parameter_shape
+    if quantisation is None or not row.quantisable:
+        leaves = jax.ShapeDtypeStruct(shape, dtype)
     else:
-        names = [WEIGHTS]
+        leaves = jax.eval_shape(lambda: quantise(jnp.zeros(shape), quantisation, dtype))
+
+    def zeros(leaf):
+        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding and sharding(row.path, leaf.shape))
+
+    return jax.tree.map(zeros, leaves)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _place(parameter: jax.Array | Quantised, part: jax.Array, start: jax.Array, transposed: bool):
+    """The parameter with one part written into its memory at `start`."""
+    if transposed:
+        part = jnp.swapaxes(part, -1, -2)
+    if isinstance(parameter, Quantised):
+        kind = "int4" if parameter.values.dtype == jnp.uint8 else "int8"
+        part = quantise(part, kind, parameter.scales.dtype)
+
+    def write(leaf, piece):
+        stacked = piece.astype(leaf.dtype).reshape((1,) * (leaf.ndim - piece.ndim) + piece.shape)
+        return lax.dynamic_update_slice(leaf, stacked, list(start))
+
+    return jax.tree.map(write, parameter, part)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: broken JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: not a JSON object")
+    return value
+
+
+def _open(directory: Path, stack) -> dict:
+    """Tensor name -> the open file that holds it."""
+    names = [WEIGHTS]
+    if (directory / INDEX).is_file():
+        weight_map = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{directory / INDEX}: key 'weight_map' is missing")
+        names = sorted(set(weight_map.values()))
     files = {}
     for name in names:
-        file = path / name
+        file = directory / name
         if not file.is_file():
             raise InputError(f"{file}: missing weights file")
         try:
@@ -79,34 +174,71 @@ def _open(path: Path, stack) -> dict:
     return files
 
 
-def _check(path, table, config, files):
+def _check(directory: Path, table: list[Tensor], files: dict) -> None:
+    shapes = {name: row.shape for row in table for name, _ in row.parts()}
+    unknown = (name for name in sorted(files.keys() - shapes.keys()) if not IGNORED.fullmatch(name))
     wrong = []
-    for tensor in table:
-        for name, _ in tensor.parts(config):
-            if name not in files:
-                wrong.append(f"{name} is missing")
-            else:
-                shape = tuple(files[name].get_slice(name).get_shape())
-                if shape != tensor.shape:
-                    wrong.append(f"{name} has shape {list(shape)}, not {list(tensor.shape)}")
+    for name, shape in shapes.items():
+        if name not in files:
+            wrong.append(f"{name} is missing")
+            continue
+        held = files[name].get_slice(name)
+        if tuple(held.get_shape()) != shape:
+            wrong.append(f"{name} has shape {held.get_shape()}, not {list(shape)}")
+        elif held.get_dtype() not in READABLE:
+            wrong.append(f"{name} has type {held.get_dtype()}, not one of {', '.join(READABLE)}")
+    tied = "lm_head.weight" not in shapes  # some checkpoints hold the tied head as well
+    wrong += [f"{name} is not part of the model" for name in unknown if not (tied and name == "lm_head.weight")]
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} wrong tensors: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - NAMED_ERRORS} more" if len(wrong) > NAMED_ERRORS else ""
+        raise InputError(f"{directory}: {len(wrong)} wrong tensors: {'; '.join(wrong[:NAMED_ERRORS])}{more}")
 
 
-def save_pretrained(path, config: ModelConfig, frozen: dict, *, tokenizer=None) -> None:
-    """Write a Hugging Face directory that `load_pretrained` and transformers read.
+def save_pretrained(
+    path, config: ModelConfig, frozen: dict, *, tokenizer=None, extra_config: dict | None = None, extra=()
+) -> None:
+    """Write a Hugging Face directory that `load_pretrained` and transformers read, in shards of at most 5 GB.
 
-    The tensors keep their dtype. `tokenizer`, a transformers tokenizer, is saved beside them.
+    The tensors keep their dtype; quantised ones are written as they are computed with. `tokenizer`, a transformers
+    tokenizer, is saved beside them. extra_config: more keys of config.json; extra: more (name, array) pairs.
     """
-    path = Path(path)
+    path, family = Path(path), FAMILIES[config.family]
     path.mkdir(parents=True, exist_ok=True)
     flat = flatten_dict(frozen, sep="/")
-    disk = {}
-    for tensor in FAMILIES[config.family].tensors(config):
-        disk.update(tensor.disassemble(config, np.asarray(jax.device_get(flat[tensor.path]))))
-    save_file(disk, path / WEIGHTS, metadata={"format": "pt"})
-    raw = FAMILIES[config.family].write_config(config) | {"dtype": str(flat["embedding"].dtype)}
+    parts = (
+        pair for row in tensors(family, config) for pair in row.disassemble(np.asarray(dequantise(flat[row.path])))
+    )
+    _write_shards(path, itertools.chain(parts, extra))
+    raw = write_config(family, config) | {"dtype": str(flat["embedding"].dtype)}
     if tokenizer is not None:
         raw |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
         tokenizer.save_pretrained(path)
+    raw |= extra_config or {}
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(path: Path, parts: Iterable[tuple[str, np.ndarray]]) -> None:
+    """One file, or several and their index; one shard in memory at a time."""
+    shards, shard, size, total = [], {}, 0, 0
+
+    def flush():
+        save_file(shard, path / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+
+    for name, array in parts:
+        if shard and size + array.nbytes > SHARD_BYTES:
+            flush()
+            shard, size = {}, 0
+        shard[name] = array
+        size, total = size + array.nbytes, total + array.nbytes
+    flush()
+    if len(shards) == 1:
+        (path / "part-0").rename(path / WEIGHTS)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (path / f"part-{i}").rename(path / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The decoder: embedding, L layers of attention and mixture-of-experts under one scan, final norm, head."""
+"""The decoder: embedding, layers of attention and mixture-of-experts under a scan, final norm, head."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,58 +7,63 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flex_jax.models.attention import Attention, Cache, rotary
+from flex_jax.models.attention import Attention, Cache, LatentAttention
 from flex_jax.models.config import AdapterConfig, ModelConfig
+from flex_jax.models.linear import MLP
 from flex_jax.models.lora import DROPOUT
 from flex_jax.models.moe import MoE, Probe
+from flex_jax.models.norm import RMSNorm
+from flex_jax.models.rotary import rotary
 from flex_jax.ops.experts import frozen_experts
+
+Caches = dict[str, Cache]  # by stack of layers
 
 
 class Output(NamedTuple):
     logits: jax.Array  # [B, S, V] float32
-    router_logits: jax.Array | None  # [L, B, S, E] float32, when asked for
-    cache: Cache | None  # when one was given
+    router_logits: jax.Array | None  # [MoE layers, B, S, E] float32, when asked for
+    cache: Caches | None  # when one was given
 
 
 class Features(NamedTuple):
     """Everything before the head."""
 
     hidden: jax.Array  # [B, S, D] after the final norm
-    router_logits: jax.Array  # [L, B, S, E] float32
-    cache: Cache | None
-    probed: Any  # what the probe returned, stacked over layers
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
-        return scale * normed.astype(x.dtype)
+    router_logits: jax.Array  # [MoE layers, B, S, E] float32
+    cache: Caches | None
+    probed: Any  # what the probe returned, stacked over MoE layers
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + moe(norm(x)); shaped as the body of a scan over layers."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); shaped as the body of a scan over layers.
+
+    The feed-forward part is the mixture of experts, or in a `dense` layer one MLP.
+    """
 
     config: ModelConfig
     adapters: AdapterConfig
     experts: Callable
     probe: Probe | None
+    dense: bool
 
     @nn.compact
     def __call__(self, x, cache, rope, positions, mask):
         c = self.config
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
-        y, cache = Attention(c, self.adapters.lora, name="attention")(normed, cache, rope, positions, mask)
+        kind = LatentAttention if c.latent_rank else Attention
+        y, cache = kind(c, self.adapters.lora, name="attention")(normed, cache, rope, positions, mask)
         x = x + y
-        normed = RMSNorm(c.norm_epsilon, name="moe_norm")(x)
+        normed = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x)
+        if self.dense:
+            return x + MLP(c.dense_width, name="mlp")(normed), (cache, None, None)
         y, router_logits, probed = MoE(c, self.adapters.slot, self.experts, self.probe, name="moe")(normed)
         return x + y, (cache, router_logits, probed)
+
+
+def layer_stacks(config: ModelConfig) -> dict[str, int]:
+    """Name and number of layers of each scanned stack, in their order: the dense ones, if any, come first."""
+    stacks = {"dense_layers": config.dense_layers, "layers": config.moe_layers}
+    return {name: layers for name, layers in stacks.items() if layers}
 
 
 class Decoder(nn.Module):
@@ -80,14 +85,20 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.width))
         if not c.tied_head:
             self.head = self.param("head", nn.initializers.normal(0.02), (c.vocab_size, c.width))
-        self.layers = nn.scan(
+        stacks = layer_stacks(c)
+        if c.dense_layers:
+            self.dense_layers = self._stack(stacks["dense_layers"], dense=True)
+        self.layers = self._stack(stacks["layers"], dense=False)
+        self.norm = RMSNorm(c.norm_epsilon)
+
+    def _stack(self, layers: int, *, dense: bool):
+        return nn.scan(
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
             variable_axes={"params": 0, "adapters": 0, "grafts": 0},
             split_rngs={"params": True, DROPOUT: True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.layers,
-        )(c, self.adapters, self.experts, self.probe)
-        self.norm = RMSNorm(c.norm_epsilon)
+            length=layers,
+        )(self.config, self.adapters, self.experts, self.probe, dense)
 
     def features(self, tokens, attention_mask=None, *, positions=None, cache=None) -> Features:
         """Hidden states of tokens [B, S] int32, whose attention_mask [B, S] is 0 at padding or None.
@@ -95,17 +106,22 @@ class Decoder(nn.Module):
         With a `cache` (see `init_cache`) the tokens stand at `positions` [B, S] and attend to all cached positions up
         to their own.
         """
+        c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = None
         if cache is not None:
-            mask = (jnp.arange(cache.key.shape[2]) <= positions[..., None])[:, None]
+            mask = (jnp.arange(cache["layers"].key.shape[2]) <= positions[..., None])[:, None]
         elif attention_mask is not None:
             causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
             mask = (attention_mask != 0)[:, None, None, :] & causal
-        rope = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        x, (cache, router_logits, probed) = self.layers(self.embedding[tokens], cache, rope, positions, mask)
-        return Features(self.norm(x), router_logits, cache, probed)
+        length = positions.max(1) + 1 if attention_mask is None else attention_mask.sum(1)
+        rope = rotary(c.rope, c.rope_dim or c.head_dim, positions, length)
+        x, caches = self.embedding[tokens], {}
+        for name in layer_stacks(c):
+            own = None if cache is None else cache[name]
+            x, (caches[name], router_logits, probed) = getattr(self, name)(x, own, rope, positions, mask)
+        return Features(self.norm(x), router_logits, None if cache is None else caches, probed)
 
     def __call__(
         self, tokens, attention_mask=None, *, positions=None, cache=None, output_router_logits=False
@@ -122,7 +138,11 @@ def head_weights(model: Decoder, frozen: dict) -> jax.Array:
     return frozen["embedding" if model.config.tied_head else "head"]
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> Cache:
+def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> Caches:
     """An empty cache for sequences of up to `length` tokens."""
-    shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def empty(layers, size):
+        return jnp.zeros((layers, batch, length, config.kv_heads, size), dtype)
+
+    stacks = layer_stacks(config)
+    return {name: Cache(empty(n, config.key_dim), empty(n, config.value_dim)) for name, n in stacks.items()}

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: frozen router and experts, the shared expert, and the personal slot beside them."""
+"""The mixture-of-experts layer: frozen router and experts, a shared expert, and the personal slot beside them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from flex_jax.models.config import ModelConfig, SlotConfig
+from flex_jax.models.linear import MLP, frozen_matrix
 from flex_jax.models.slot import PersonalSlot
-from flex_jax.ops.experts import ExpertWeights, swiglu
+from flex_jax.ops.experts import ExpertWeights
 
 
 class Observation(NamedTuple):
@@ -25,29 +26,26 @@ class Observation(NamedTuple):
 Probe = Callable[[Observation, dict], object]  # of an observation and the layer's grafts
 
 
-def route(logits: jax.Array, experts_per_token: int, norm_topk_prob: bool) -> tuple[jax.Array, jax.Array]:
-    """Softmax over all E experts, then the K largest: router logits [T, E] -> (index, weight) [T, K]."""
-    weight, index = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), experts_per_token)
-    if norm_topk_prob:
+def route(logits: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Softmax over all E experts, then the K largest: router logits [T, E] -> (index, weight) [T, K].
+
+    With expert groups, the K largest of the groups whose best expert is best (DeepSeek-V2, arXiv 2405.04434, 2.2.2).
+    """
+    c = config
+    scores = jax.nn.softmax(logits.astype(jnp.float32))
+    if c.expert_groups:
+        grouped = scores.reshape(len(scores), c.expert_groups, -1)
+        _, best = jax.lax.top_k(grouped.max(-1), c.groups_per_token)
+        allowed = jax.nn.one_hot(best, c.expert_groups).sum(1)
+        scores = (grouped * allowed[..., None]).reshape(scores.shape)
+    weight, index = jax.lax.top_k(scores, c.experts_per_token)
+    if c.norm_topk_prob:
         weight = weight / weight.sum(-1, keepdims=True)
-    return index, weight
-
-
-class SharedExpert(nn.Module):
-    """A SwiGLU expert that sees every token, behind a sigmoid gate of its own (Qwen2-MoE)."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x):
-        width, hidden = self.config.width, self.config.shared_expert_width
-        init = nn.initializers.lecun_normal()
-        y = swiglu(x @ self.param("gate_up", init, (width, 2 * hidden))) @ self.param("down", init, (hidden, width))
-        return jax.nn.sigmoid(x @ self.param("gate", init, (width, 1))) * y
+    return index, weight * c.routed_scale
 
 
 class MoE(nn.Module):
-    """y = sum of the K routed experts + gated shared expert + gated personal experts."""
+    """y = sum of the K routed experts + shared expert + gated personal experts."""
 
     config: ModelConfig
     slot: SlotConfig
@@ -59,16 +57,16 @@ class MoE(nn.Module):
         """x [B, S, D] -> (y [B, S, D], router logits [B, S, E] float32, what the probe returned or None)."""
         c = self.config
         tokens = x.reshape(-1, c.width)
-        stacked = nn.initializers.lecun_normal(batch_axis=(0,))
         router = self.param("router", nn.initializers.lecun_normal(), (c.width, c.experts))
         weights = ExpertWeights(
-            self.param("gate_up", stacked, (c.experts, c.width, 2 * c.expert_width)),
-            self.param("down", stacked, (c.experts, c.expert_width, c.width)),
+            frozen_matrix(self, "gate_up", (c.experts, c.width, 2 * c.expert_width)),
+            frozen_matrix(self, "down", (c.experts, c.expert_width, c.width)),
         )
         logits = tokens @ router
-        index, weight = route(logits, c.experts_per_token, c.norm_topk_prob)
-        routed = self.experts(tokens, weights, index, weight)
-        y = routed + SharedExpert(c, name="shared_expert")(tokens)
+        index, weight = route(logits, c)
+        y = routed = self.experts(tokens, weights, index, weight)
+        if c.shared_expert_width:
+            y = y + MLP(c.shared_expert_width, c.shared_expert_gate, name="shared_expert")(tokens)
         if self.has_variable("adapters", "slot"):
             y = y + PersonalSlot(self.slot, name="slot")(tokens, weights)
 

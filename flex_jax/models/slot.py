@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flex_jax.models.config import SlotConfig
 from flex_jax.models.lora import lora_delta
 from flex_jax.ops.experts import ExpertWeights
+from flex_jax.ops.quantised import dequantise
 
 
 class SlotProjection(nn.Module):
@@ -37,7 +38,8 @@ class PersonalSlot(nn.Module):
         width = weights.down.shape[1]
 
         def grafted(stack):
-            return jnp.take(stack, self.get_variable("grafts", "expert_index"), axis=0)
+            index = self.get_variable("grafts", "expert_index")
+            return dequantise(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), stack), x.dtype)
 
         gate = x @ self.get_variable("adapters", "gate").astype(x.dtype)  # [T, r]
         if self.has_variable("adapters", "gate_bias"):

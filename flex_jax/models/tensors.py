@@ -5,49 +5,51 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flex_jax.models.config import ModelConfig
-
 
 class Tensor(NamedTuple):
     """A parameter of ours and its parts on disk.
 
-    `names` are templates over {layer} and {expert}; the parameter stacks their values on leading axes [L, E] and joins
-    several names on the last axis. `shape` is that of one tensor on disk; `transpose` turns [out, in] into [in, out].
+    `names` are templates over {layer} and {expert}; the parameter stacks their values on leading axes [L] or [L, E]
+    and joins several names on the last axis. `shape` is that of one tensor on disk; `transposed` there, the last two
+    axes are [out, in], and [in, out] in the parameter.
     """
 
     path: str
-    names: list[str]
+    names: tuple[str, ...]
     shape: tuple[int, ...]
-    transpose: bool = False
+    transposed: bool = False
+    layers: range = range(0)  # the layer numbers that are stacked; none: not stacked
+    experts: int = 0  # 0: the experts have no tensors of their own
+    quantisable: bool = False  # a matrix of a layer, which a quantised backbone holds as integers
 
-    def stack(self, config: ModelConfig) -> tuple[int, ...]:
+    @property
+    def stack(self) -> tuple[int, ...]:
         """Leading axes: () or [L] or [L, E]."""
-        sizes = {"{layer}": config.layers, "{expert}": config.experts}
-        return tuple(size for placeholder, size in sizes.items() if placeholder in self.names[0])
+        return tuple(size for size in (len(self.layers), self.experts) if size)
 
-    def parameter_shape(self, config: ModelConfig) -> tuple[int, ...]:
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of one part in the parameter."""
+        return (*self.shape[:-2], *self.shape[:-3:-1]) if self.transposed else self.shape
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
         """Shape of the stacked and joined parameter."""
-        part = self.shape[::-1] if self.transpose else self.shape
-        return (*self.stack(config), *part[:-1], part[-1] * len(self.names))
+        *leading, last = self.part_shape
+        return (*self.stack, *leading, last * len(self.names))
 
-    def parts(self, config: ModelConfig):
-        """(name on disk, index into the parameter) of every part."""
-        width = (self.shape[::-1] if self.transpose else self.shape)[-1]
-        for position in itertools.product(*map(range, self.stack(config))):
-            numbers = dict(zip(("layer", "expert"), position, strict=False))
+    def parts(self):
+        """(name on disk, where it starts in the parameter) of every part."""
+        inner = len(self.part_shape) - 1
+        for position in itertools.product(*map(range, self.stack)):
+            numbers = {"layer": self.layers[position[0]]} if position else {}
+            numbers |= {"expert": position[1]} if self.experts else {}
             for i, name in enumerate(self.names):
-                yield name.format(**numbers), (*position, ..., slice(i * width, (i + 1) * width))
+                yield name.format(**numbers), (*position, *[0] * inner, i * self.part_shape[-1])
 
-    def assemble(self, config: ModelConfig, read, dtype) -> np.ndarray:
-        """The parameter, from `read(name) -> array`, one part in memory at a time."""
-        out = np.empty(self.parameter_shape(config), dtype)
-        for name, index in self.parts(config):
-            part = read(name)
-            out[index] = part.T if self.transpose else part
-        return out
-
-    def disassemble(self, config: ModelConfig, parameter: np.ndarray):
-        """(name on disk, contiguous array) of every part: `assemble`'s inverse."""
-        for name, index in self.parts(config):
-            part = parameter[index]
-            yield name, np.ascontiguousarray(part.T if self.transpose else part)
+    def disassemble(self, parameter: np.ndarray):
+        """(name on disk, contiguous array) of every part of the parameter."""
+        for name, start in self.parts():
+            stacked = len(self.stack)
+            part = parameter[(*start[:stacked], ..., slice(start[-1], start[-1] + self.part_shape[-1]))]
+            yield name, np.ascontiguousarray(part.swapaxes(-1, -2) if self.transposed else part)

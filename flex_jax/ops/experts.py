@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from flex_jax.ops.grouped import grouped_matmul
+from flex_jax.ops.quantised import Quantised, dequantise
 
 
 class ExpertWeights(NamedTuple):
-    """E stacked SwiGLU experts; `gate_up` holds the gate projection and then the up projection."""
+    """E stacked SwiGLU experts, plain or quantised; `gate_up` holds the gate projection, then the up projection."""
 
-    gate_up: jax.Array  # [E, D, 2F]
-    down: jax.Array  # [E, F, D]
+    gate_up: jax.Array | Quantised  # [E, D, 2F]
+    down: jax.Array | Quantised  # [E, F, D]
 
 
 def swiglu(hidden: jax.Array) -> jax.Array:
@@ -26,7 +27,8 @@ def dense_experts(x: jax.Array, weights: ExpertWeights, index: jax.Array, weight
 
     x [T, D]; index [T, K] int32, the experts of each token; weight [T, K], their routing weights. Returns [T, D].
     """
-    every = jnp.einsum("tef,efd->ted", swiglu(jnp.einsum("td,edf->tef", x, weights.gate_up)), weights.down)
+    gate_up, down = (dequantise(matrices, x.dtype) for matrices in weights)
+    every = jnp.einsum("tef,efd->ted", swiglu(jnp.einsum("td,edf->tef", x, gate_up)), down)
     routing = jnp.zeros((x.shape[0], every.shape[1]), x.dtype)
     routing = routing.at[jnp.arange(x.shape[0])[:, None], index].add(weight.astype(x.dtype))
     return jnp.einsum("te,ted->td", routing, every)
@@ -66,11 +68,11 @@ def _backward_tokens(x, gate_up, down, index, weight, dy):
     order, inverse, sizes = _sort(index, gate_up.shape[0])
     activation, pull_back = jax.vjp(swiglu, grouped_matmul(x[order // k], gate_up, sizes))
     # <dy, a W> = <dy W', a>: the routing weight's gradient needs no second pass through the down projection
-    d_activation = grouped_matmul(dy[order // k].astype(x.dtype), jnp.swapaxes(down, 1, 2), sizes)
+    d_activation = grouped_matmul(dy[order // k].astype(x.dtype), down, sizes, transposed=True)
     d_weight = jnp.einsum("nf,nf->n", d_activation, activation, preferred_element_type=jnp.float32)
     routed = d_activation * weight.reshape(-1)[order][:, None].astype(x.dtype)
     (d_hidden,) = pull_back(routed)
-    dx = grouped_matmul(d_hidden, jnp.swapaxes(gate_up, 1, 2), sizes)[inverse].reshape(tokens, k, -1).sum(1)
+    dx = grouped_matmul(d_hidden, gate_up, sizes, transposed=True)[inverse].reshape(tokens, k, -1).sum(1)
     return dx.astype(x.dtype), d_weight[inverse].reshape(tokens, k).astype(weight.dtype)
 
 
@@ -80,7 +82,7 @@ def _fold_clients(function, weight_arguments=(1, 2)):
 
     @folded.def_vmap
     def rule(clients, batched, *arguments):
-        if any(batched[i] for i in weight_arguments):
+        if any(jax.tree.leaves([batched[i] for i in weight_arguments])):
             raise ValueError("frozen_experts cannot be vmapped over expert weights: clients share one frozen backbone")
         flat = []
         for i, (argument, is_batched) in enumerate(zip(arguments, batched, strict=True)):

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flex_jax.data.prompts import RESPONSE_HEADING, TEMPLATE
 from flex_jax.models.checkpoint import save_pretrained
-from flex_jax.models.config import ModelConfig
+from flex_jax.models.config import ModelConfig, Rope
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.moe import route
 from flex_jax.ops.experts import ExpertWeights, swiglu
@@ -44,11 +44,13 @@ CONFIG = ModelConfig(
     experts_per_token=2,
     expert_width=32,
     shared_expert_width=96,
+    shared_expert_gate=True,
     norm_topk_prob=True,
     attention_bias=True,
     tied_head=True,
     norm_epsilon=1e-6,
-    rope_theta=10000.0,
+    max_positions=2048,
+    rope=Rope(theta=10000.0),
 )
 END, PAD = "<|endoftext|>", "<|pad|>"
 BALANCE = 0.01  # weight of the load-balancing loss
@@ -104,7 +106,7 @@ def loss(model: Decoder, params: dict, tokens: jax.Array) -> tuple[jax.Array, ja
     experts = model.config.experts
 
     def imbalance(logits):  # [B, S, E]: 1 when tokens and probabilities are spread evenly
-        index, _ = route(logits, model.config.experts_per_token, True)
+        index, _ = route(logits, model.config)
         share = jax.nn.one_hot(index, experts).mean((0, 1, 2))
         return experts * jnp.sum(share * jax.nn.softmax(logits).mean((0, 1)))
 

@@ -79,8 +79,8 @@ def test_missing_and_broken_files(tmp_path, directory):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "llama"}, "'llama' is not supported; supported: qwen2_moe"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+        ({"model_type": "llama"}, "'llama' is not supported; supported: deepseek, "),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling 'longrope'"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers"),

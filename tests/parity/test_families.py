@@ -1,0 +1,75 @@
+"""Logits and router logits of every family against torch at several shapes, both ways."""
+
+import numpy as np
+import pytest
+
+from flex_jax import load_pretrained
+from flex_jax.models.checkpoint import save_pretrained
+from tests.parity import oracles
+
+
+@pytest.fixture(scope="module", params=oracles.CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def theirs(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("torch")
+    return oracles.make(*request.param, path), path, request.param
+
+
+def rows(model, ids, mask):
+    """Torch's outputs at real positions, every row alone and unpadded (dynamic RoPE depends on the padded length)."""
+    each = [oracles.outputs(model, row[None, : n], m[None, : n]) for row, m, n in zip(ids, mask, mask.sum(1), strict=True)]
+    return np.concatenate([out[0][0] for out in each]), np.concatenate([out[1][:, 0] for out in each], axis=1)
+
+
+def assert_equal(ours, reference, mask):
+    logits, router_logits = (np.asarray(array) for array in (ours.logits, ours.router_logits))
+    real = mask.astype(bool)
+    assert np.abs(reference[0]).max() > 0.1
+    np.testing.assert_allclose(logits[real], reference[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(router_logits[:, real], reference[1], atol=1e-4, rtol=0)
+
+
+def test_logits_and_router_logits_agree(theirs):
+    ids, mask = oracles.batch()
+    model, frozen = load_pretrained(theirs[1])
+    out = model.apply({"params": frozen}, ids, mask, output_router_logits=True)
+    assert_equal(out, rows(theirs[0], ids, mask), mask)
+
+
+def test_right_padding_is_torchs(theirs):
+    if theirs[2] == ("mixtral", 3):
+        pytest.skip("torch's dynamic RoPE takes padding for text")
+    ids, mask = oracles.batch()
+    model, frozen = load_pretrained(theirs[1])
+    out = model.apply({"params": frozen}, ids, mask, output_router_logits=True)
+    logits, router_logits = oracles.outputs(theirs[0], ids, mask)
+    real = mask.astype(bool)
+    assert_equal(out, (logits[real], router_logits[:, real]), mask)
+
+
+def test_what_we_save_torch_reads(theirs, tmp_path):
+    torch_model, path, (family, _) = theirs
+    ids, mask = oracles.batch()
+    model, frozen = load_pretrained(path)
+    save_pretrained(tmp_path, model.config, frozen)
+    if family == "deepseek":
+        again, frozen_again = load_pretrained(tmp_path)
+        assert again.config == model.config
+        out = again.apply({"params": frozen_again}, ids, mask, output_router_logits=True)
+        assert_equal(out, rows(torch_model, ids, mask), mask)
+        return
+    again = oracles.transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is type(torch_model)
+    for before, after in zip(rows(torch_model, ids, mask), rows(again, ids, mask), strict=True):
+        np.testing.assert_allclose(before, after, atol=1e-4, rtol=0)
+
+
+def test_experts_that_share_a_tensor_on_disk(theirs, tmp_path):
+    """The layout that transformers holds in memory: two tensors for all experts of a layer."""
+    torch_model, _, (family, _) = theirs
+    if family == "deepseek":
+        pytest.skip("transformers has no such model")
+    torch_model.save_pretrained(tmp_path, save_original_format=False)
+    ids, mask = oracles.batch()
+    model, frozen = load_pretrained(tmp_path)
+    out = model.apply({"params": frozen}, ids, mask, output_router_logits=True)
+    assert_equal(out, rows(torch_model, ids, mask), mask)
