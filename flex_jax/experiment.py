@@ -6,23 +6,20 @@ from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
-from transformers import AutoTokenizer
 
 import flex_jax
-from flex_jax import tiny
 from flex_jax.config import for_method
 from flex_jax.data.batches import encode_client, evaluation_batches
 from flex_jax.data.partition import ClientRecords, partition
-from flex_jax.data.prompts import check_tokenizer, encode_prompt
+from flex_jax.data.prompts import encode_prompt
 from flex_jax.data.sources import load_records
 from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut
 from flex_jax.methods import METHODS
-from flex_jax.models.checkpoint import load_pretrained
 from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import plan_table, summary_table
 from flex_jax.reporting.writers import MetricsWriter, read_metrics, summarise, write_json
-from flex_jax.simulation import Backbone, Federation, describe, run_one
+from flex_jax.simulation import Backbone, Federation, describe, load_backbone, run_one
 
 
 def run(config: ConfigDict, workdir: Path) -> dict:
@@ -57,18 +54,6 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     print(summary_table(results))
     print(f"report: {workdir / 'report.html'}")
     return results
-
-
-def load_backbone(config: ConfigDict) -> Backbone:
-    """The model, frozen parameters and tokenizer of config.model."""
-    path = tiny.CHECKPOINT if config.model.path == "tiny" else Path(config.model.path).expanduser()
-    model, params = load_pretrained(path, dtype=config.model.dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no usable tokenizer in the checkpoint directory ({error})") from error
-    check_tokenizer(tokenizer, model.config.vocab_size)
-    return Backbone(model.clone(remat=config.model.remat), params, tokenizer)
 
 
 def check_slots(config: ConfigDict, backbone: Backbone) -> None:

@@ -9,26 +9,19 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from flex_jax.command import Parser, run_command
 from flex_jax.config import SCHEMA, find_key, nearest_key, validate, validate_keys
 from flex_jax.errors import InputError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print its usage and leave."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
     """The validated config and the work directory; raises InputError for any mistake in them."""
     keys = "\n".join(f"  --config.{key}={entry.default!r}\n      {entry.doc}" for key, entry in SCHEMA.items())
-    parser = _Parser(
+    parser = Parser(
         prog="flex_jax",
         usage="python -m flex_jax.main --config FILE [--workdir DIR] [--config.KEY=VALUE ...]",
         epilog=f"keys of the config and their defaults:\n{keys}",
@@ -85,19 +78,15 @@ def override(config: ConfigDict, arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command line and returns its exit status; a mistake inside the package keeps its traceback."""
-    try:
+    """Runs the command line and returns its exit status."""
+
+    def train(arguments):
         config, workdir = parse(arguments)
         from flex_jax.experiment import run  # after the parsing: JAX takes seconds to import
 
         run(config, workdir)
-    except InputError as error:
-        print("flex_jax: error:", *str(error).split(), file=sys.stderr)  # one line, whatever the message holds
-        return 2
-    except KeyboardInterrupt:
-        print("flex_jax: interrupted: the same command resumes the run", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_command(train, arguments, interrupted="the same command resumes the run")
 
 
 if __name__ == "__main__":

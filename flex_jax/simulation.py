@@ -9,10 +9,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from flex_jax import tiny
 from flex_jax.config import for_method
 from flex_jax.data.batches import ClientDataset, calibration_batches, round_batches
+from flex_jax.data.prompts import check_tokenizer
+from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut, evaluate
 from flex_jax.evaluation.loss import evaluation_loss
 from flex_jax.federated.checkpoint import Checkpoints
@@ -23,6 +26,7 @@ from flex_jax.federated.start import start
 from flex_jax.federated.state import Frozen, RoundState
 from flex_jax.grafting.selection import select
 from flex_jax.methods import METHODS
+from flex_jax.models.checkpoint import find_checkpoint, load_pretrained
 from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.reporting.writers import MetricsWriter, read_metrics
@@ -54,6 +58,19 @@ class Run(NamedTuple):
     state: RoundState
 
 
+def load_backbone(config: ConfigDict) -> Backbone:
+    """The model, frozen parameters and tokenizer of config.model."""
+    path = find_checkpoint(tiny.CHECKPOINT if config.model.path == "tiny" else config.model.path)
+    quantisation = None if config.model.quantisation == "none" else config.model.quantisation
+    model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no usable tokenizer in the checkpoint directory ({error})") from error
+    check_tokenizer(tokenizer, model.config.vocab_size)
+    return Backbone(model.clone(remat=config.model.remat), params, tokenizer)
+
+
 def adapter_config(config: ConfigDict) -> AdapterConfig:
     """The adapters that a method's config asks for."""
     lora = LoraConfig(config.lora.rank, config.lora.alpha, config.lora.dropout)
@@ -77,15 +94,19 @@ def prepare(config: ConfigDict, backbone: Backbone, name: str, chosen: np.ndarra
     return Run(model, frozen, state)
 
 
+def any_round(config: ConfigDict, backbone: Backbone, name: str, key: jax.Array) -> tuple[Frozen, RoundState]:
+    """What `prepare` gives when every client grafts expert 0: the structure and shapes of all rounds of the method."""
+    slot = (config.clients, backbone.model.config.moe_layers, config.slot.experts)
+    chosen = np.zeros(slot, np.int32) if METHODS[name].personal_slot else None
+    return prepare(config, backbone, name, chosen, key)[1:]
+
+
 def describe(config: ConfigDict, backbone: Backbone, name: str) -> dict:
     """One row of the plan, from shapes alone."""
     own = for_method(config, name)
-    layers, experts = backbone.model.config.moe_layers, own.slot.experts
-    chosen = np.zeros((own.clients, layers, experts), np.int32) if METHODS[name].personal_slot else None
 
     def shapes(params):
-        prepared = prepare(own, backbone._replace(params=params), name, chosen, jax.random.PRNGKey(0))
-        return prepared.frozen, prepared.state
+        return any_round(own, backbone._replace(params=params), name, jax.random.PRNGKey(0))
 
     frozen, state = jax.eval_shape(shapes, backbone.params)
     cohort = own.cohort or own.clients

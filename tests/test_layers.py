@@ -15,7 +15,7 @@ MODULES = {
 # From the lowest to the highest. Packages of one line do not import each other. A module belongs to the longest prefix.
 LAYERS = [
     ["flex_jax.errors", "flex_jax.tiny"],
-    ["flex_jax.config", "flex_jax.ops"],
+    ["flex_jax.config", "flex_jax.ops", "flex_jax.command"],
     ["flex_jax.models"],
     ["flex_jax"],  # the public names of flex_jax/__init__.py
     ["flex_jax.data", "flex_jax.grafting"],
@@ -25,11 +25,11 @@ LAYERS = [
     ["flex_jax.evaluation"],
     ["flex_jax.reporting"],
     ["flex_jax.simulation"],
-    ["flex_jax.experiment"],
-    ["flex_jax.main", "flex_jax.tiny.pretrain"],
+    ["flex_jax.experiment", "flex_jax.trained"],
+    ["flex_jax.main", "flex_jax.generate", "flex_jax.export", "flex_jax.tiny.pretrain"],
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
-CONFIG_READERS = {"flex_jax.simulation", "flex_jax.experiment", "flex_jax.main", "flex_jax.tiny.pretrain"}
+CONFIG_READERS = {f"flex_jax.{name}" for name in ("simulation", "experiment", "trained", "main", "tiny.pretrain")}
 
 
 def layer(module):

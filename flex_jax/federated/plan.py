@@ -7,6 +7,7 @@ import jax
 
 from flex_jax.federated.state import Frozen, RoundState
 from flex_jax.models.config import ModelConfig
+from flex_jax.ops.quantised import Quantised
 
 
 class Plan(NamedTuple):
@@ -24,8 +25,8 @@ class Plan(NamedTuple):
 
 
 def count(tree) -> int:
-    """Number of array elements in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """Number of array elements in a tree of arrays or shapes; a quantised matrix has as many as the plain one."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantised)))
 
 
 def size(tree) -> int:
@@ -45,7 +46,7 @@ def plan(
     personal = count(state.clients.personal) // clients
     trained_bytes = size(state.server.shared) + size(state.clients.personal) // clients
     tokens = cohort * batch * sequence
-    itemsize = jax.tree.leaves(frozen.params)[0].dtype.itemsize
+    itemsize = frozen.params["embedding"].dtype.itemsize
     c = config
     layer_inputs = tokens * c.layers * c.width * itemsize
     attention = 3 * cohort * batch * c.heads * sequence * sequence * 4

@@ -95,8 +95,8 @@ def load_pretrained(
         fused = any(name.endswith(FUSED) for name in files)
         table = tensors(FAMILIES[config.family], config, fused=fused)
         _check(directory, table, files)
-        with tqdm(total=sum(1 for row in table for _ in row.parts()), desc="load", unit=" tensors", delay=3) as progress:
-            flat = {}
+        flat, count = {}, sum(1 for row in table for _ in row.parts())
+        with tqdm(total=count, desc="load", unit=" tensors", delay=3) as progress:
             for row in table:
                 parameter = empty_parameter(row, dtype, quantisation, sharding)
                 for name, start in row.parts():

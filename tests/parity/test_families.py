@@ -16,7 +16,8 @@ def theirs(request, tmp_path_factory):
 
 def rows(model, ids, mask):
     """Torch's outputs at real positions, every row alone and unpadded (dynamic RoPE depends on the padded length)."""
-    each = [oracles.outputs(model, row[None, : n], m[None, : n]) for row, m, n in zip(ids, mask, mask.sum(1), strict=True)]
+    lengths = mask.sum(1)
+    each = [oracles.outputs(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(lengths)]
     return np.concatenate([out[0][0] for out in each]), np.concatenate([out[1][:, 0] for out in each], axis=1)
 
 

@@ -1,0 +1,31 @@
+"""What the commands have in common: one line and exit status 2 for a mistake that the user can mend."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from flex_jax.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def run_command(function: Callable[[list[str]], None], arguments: list[str], *, interrupted: str) -> int:
+    """Runs a command and returns its exit status: 0, 2 with one line, or 130 with the line `interrupted`.
+
+    A mistake inside the package keeps its traceback.
+    """
+    try:
+        function(arguments)
+    except InputError as error:
+        print("flex_jax: error:", *str(error).split(), file=sys.stderr)  # one line, whatever the message holds
+        return 2
+    except KeyboardInterrupt:
+        print(f"flex_jax: interrupted: {interrupted}", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,92 @@
+"""A run read back from its work directory, to generate with or to export."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from flex_jax.config import default_config, for_method
+from flex_jax.errors import InputError
+from flex_jax.federated.checkpoint import Checkpoints
+from flex_jax.federated.state import ClientState, Frozen, RoundState
+from flex_jax.models.decoder import Decoder
+from flex_jax.simulation import Backbone, adapter_config, any_round, load_backbone
+
+SHARED = "shared"  # in the place of a client: the aggregated model, without anything personal
+
+
+class Trained(NamedTuple):
+    """One method with one seed, after its newest finished round."""
+
+    name: str  # METHOD-seedN
+    config: ConfigDict  # the method's own
+    backbone: Backbone
+    model: Decoder  # with the method's adapters
+    frozen: Frozen
+    state: RoundState
+
+
+def open_run(workdir: Path, method: str | None = None, seed: int | None = None, *, plain: bool = False) -> Trained:
+    """The run of `method` and `seed` under a work directory, by default the first of each in its config.
+
+    plain: the backbone is loaded without quantisation. Raises InputError when there is no such run.
+    """
+    config = read_config(workdir)
+    if plain:
+        config.model.quantisation = "none"
+    for name, value, known in (("--method", method, config.methods), ("--seed", seed, config.seeds)):
+        if value is not None and value not in known:
+            raise InputError(f"{name} {value}: the run in {workdir} has {', '.join(map(str, known))}")
+    method = config.methods[0] if method is None else method
+    seed = config.seeds[0] if seed is None else seed
+    name = f"{method}-seed{seed}"
+    directory = workdir / "checkpoints" / name
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no checkpoint of this method and seed; the run has not come to them yet")
+    backbone, own = load_backbone(config), for_method(config, method)
+
+    def start(params):
+        frozen, state = any_round(own, backbone._replace(params=params), method, jax.random.PRNGKey(seed))
+        return frozen.adapters, state
+
+    with Checkpoints(directory) as checkpoints:
+        state = checkpoints.restore(jax.eval_shape(start, backbone.params)[1])
+    if state is None:
+        raise InputError(f"{directory}: holds no finished round")
+    frozen = Frozen(backbone.params, jax.jit(lambda params: start(params)[0])(backbone.params))
+    return Trained(name, own, backbone, backbone.model.clone(adapters=adapter_config(own)), frozen, state)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of the run in a work directory. Raises InputError when there is none."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise InputError(f"--workdir {workdir}: no run there (no config.json)")
+    held = json.loads(file.read_text(encoding="utf-8"), object_hook=_lists_to_tuples)
+    config = default_config()
+    with config.ignore_type():
+        config.update(held)
+    return config
+
+
+def _lists_to_tuples(values: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def parse_client(text: str, clients: int) -> int | None:
+    """The number of a client, or None for the word "shared". Raises InputError for anything else."""
+    if text == SHARED:
+        return None
+    if not text.isdecimal() or int(text) >= clients:
+        raise InputError(f"--client {text}: must be {SHARED} or a number from 0 to {clients - 1}")
+    return int(text)
+
+
+def clients_of(trained: Trained, clients: list[int | None]) -> ClientState:
+    """The rows of some clients, leading axis len(clients); of the shared model, whose client is None, no leaves."""
+    if clients[0] is None:
+        return ClientState({}, {})
+    rows = jax.numpy.array(clients)
+    return jax.tree.map(lambda leaf: leaf[rows], trained.state.clients)
