@@ -55,6 +55,8 @@ def plan(
     logits = 3 * tokens * min(c.vocab_size, 8192) * 4
     held = 1 if remat else c.layers
     activations = layer_inputs + held * (attention + tokens * hidden * itemsize) + logits
+    if isinstance(frozen.params["layers"]["moe"]["gate_up"], Quantised):  # the larger matrices of one layer, plain
+        activations += c.experts * c.width * 2 * c.expert_width * itemsize
     client_bytes = 5 * trained_bytes
     return Plan(
         frozen=count(frozen),

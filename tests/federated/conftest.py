@@ -15,9 +15,9 @@ N, STEPS, B, S = 4, 3, 2, 10
 
 @pytest.fixture(scope="session")
 def prepared(model, model_config, params):
-    """name -> (Frozen, RoundState) of round 0."""
+    """(name, params) -> (Frozen, RoundState) of round 0."""
 
-    def prepare(name):
+    def prepare(name, params=params):
         method = METHODS[name]
         chosen = np.arange(N * model_config.layers).reshape(N, model_config.layers, 1) % model_config.experts
         return start(

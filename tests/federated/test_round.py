@@ -9,12 +9,17 @@ import numpy as np
 import optax
 import pytest
 
+from flex_jax import load_pretrained
 from flex_jax.federated import round as round_module
 from flex_jax.federated.placement import merge
 from flex_jax.federated.round import cosine, make_round
+from flex_jax.federated.start import start
 from flex_jax.methods import METHODS
+from flex_jax.models.checkpoint import save_pretrained
+from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.ops.experts import dense_experts
+from flex_jax.ops.quantised import Quantised, dequantise
 
 
 def assert_trees_close(ours, expected, bound=1e-5):
@@ -67,6 +72,26 @@ def test_a_round_equals_a_loop_over_clients(name, prepared, one_round, model, pa
     assert_trees_close(after.server.shared, mean)
     assert_trees_close(after.clients.personal, jax.tree.map(lambda *leaves: jnp.stack(leaves), *personal))
     np.testing.assert_allclose(metrics["clients"]["train_loss"], losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_round_on_a_quantised_backbone_is_one_on_its_values(kind, training, params, model, batches, examples, tmp_path):
+    """Under vmap and remat; the slots start from the values too."""
+    save_pretrained(tmp_path, model.config, params)
+    _, held = load_pretrained(tmp_path, quantisation=kind)
+    slot = SlotConfig(training=training, lora=LoraConfig(2, 4.0))
+    adapters = replace(model.adapters, slot=slot)
+    model = model.clone(adapters=adapters, remat=True)
+    round_fn = make_round(model, rounds=5, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
+    chosen = np.arange(4 * model.config.layers).reshape(4, -1, 1) % model.config.experts
+    after = []
+    for backbone in (held, jax.tree.map(dequantise, held, is_leaf=lambda leaf: isinstance(leaf, Quantised))):
+        placement, key = METHODS["flex"].placement, jax.random.PRNGKey(7)
+        frozen, state = start(model.config, backbone, adapters, placement, chosen, clients=4, key=key)
+        after.append(round_fn(frozen, state, batches, np.arange(4), examples)[0])
+    assert_trees_close(after[0].server.shared, after[1].server.shared, 1e-4)
+    assert_trees_close(after[0].clients.personal, after[1].clients.personal, 1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)

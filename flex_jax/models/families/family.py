@@ -9,6 +9,7 @@ from flex_jax.models.families.rope import read_rope, write_rope
 from flex_jax.models.tensors import Tensor
 
 REQUIRED = object()
+KINDS = {int: "an integer of at least 0", float: "a number of at least 0", bool: "true or false"}
 DISK_NAMES = {"kv_a_proj": "kv_a_proj_with_mqa"}  # of projections, where they are not ours
 
 
@@ -67,7 +68,7 @@ def read_config(family: Family, raw: dict) -> tuple[ModelConfig | None, list[str
         kind = ModelConfig.__annotations__[field]
         fields[field] = float(value) if kind is float and type(value) is int else value
         if type(fields[field]) is not kind or fields[field] < 0:
-            problems.append(f"{key.name} {value!r} (only a {kind.__name__} of at least 0)")
+            problems.append(f"{key.name} {value!r} (only {KINDS[kind]})")
     if problems:
         return None, problems
     fields |= family.read(raw)
@@ -81,6 +82,9 @@ def read_config(family: Family, raw: dict) -> tuple[ModelConfig | None, list[str
         problems.append(f"{config.experts_per_token} experts a token of {config.experts}")
     if config.heads % config.kv_heads:
         problems.append(f"{config.heads} query heads over {config.kv_heads} key-value heads")
+    groups, best = config.expert_groups, config.groups_per_token
+    if groups and (config.experts % groups or not 0 < best <= groups):
+        problems.append(f"{config.experts} experts in {groups} groups, {best} of them a token")
     return config, problems
 
 
