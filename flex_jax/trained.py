@@ -60,14 +60,20 @@ def open_run(workdir: Path, method: str | None = None, seed: int | None = None, 
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a work directory. Raises InputError when there is none."""
+    """The config of the run in a work directory. Raises InputError when there is none to read."""
     file = workdir / "config.json"
     if not file.is_file():
         raise InputError(f"--workdir {workdir}: no run there (no config.json)")
-    held = json.loads(file.read_text(encoding="utf-8"), object_hook=_lists_to_tuples)
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"), object_hook=_lists_to_tuples)
+    except ValueError as error:  # no JSON, no UTF-8
+        raise InputError(f"{file}: broken JSON ({error})") from error
     config = default_config()
-    with config.ignore_type():
-        config.update(held)
+    try:
+        with config.ignore_type():
+            config.update(held)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not the config of a run of this version ({error})") from error
     return config
 
 
@@ -80,7 +86,7 @@ def parse_client(text: str, clients: int) -> int | None:
     if text == SHARED:
         return None
     if not text.isdecimal() or int(text) >= clients:
-        raise InputError(f"--client {text}: must be {SHARED} or a number from 0 to {clients - 1}")
+        raise InputError(f"client {text!r}: must be {SHARED} or a number from 0 to {clients - 1}")
     return int(text)
 
 

@@ -73,7 +73,7 @@ def _rows(path: str, split: str) -> Iterator[Row]:
     if local.is_dir():
         return _directory_rows(local)
     if local.exists():
-        return _file_rows(local)
+        return file_rows(local)
     # A Hub name may end in a version (".5") but not in a file's suffix, and has at most one slash.
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and not re.search(r"\.[A-Za-z]\w*$", path):
         return _hub_rows(path, split)
@@ -85,16 +85,18 @@ def _directory_rows(directory: Path) -> Iterator[Row]:
     if not files:
         raise InputError(f"{directory}: no file in it ends in one of {', '.join(SUFFIXES)}")
     for file in files:
-        yield from _file_rows(file)
+        yield from file_rows(file)
 
 
-def _file_rows(file: Path) -> Iterator[Row]:
+def file_rows(file: Path) -> Iterator[Row]:
+    """Place and columns of every row of one local file. Raises InputError as `load_records`."""
     if not file.name.endswith(SUFFIXES):
         raise InputError(f"{file}: the file's name must end in one of {', '.join(SUFFIXES)}")
     if file.name.endswith(".parquet"):
         rows = _parquet_rows(file)
     elif file.name.removesuffix(".gz").endswith(".jsonl"):
-        rows = ((f"{file}:{number}", _parse(line, file, number)) for number, line in _lines(file) if line.strip())
+        lines = ((number, line.rstrip()) for number, line in _lines(file))  # a newline would count as a line
+        rows = ((f"{file}:{number}", _parse(line, file, number)) for number, line in lines if line)
     else:
         rows = _json_list_rows(file)
     empty = True
@@ -184,20 +186,21 @@ def _choose_fields(name: str, rows: list[Row]) -> Fields:
 def _record(place: str, row: dict, mapping: Fields) -> dict[str, str]:
     context, category = row.get(mapping.context), row.get("category")
     mapped = {
-        "instruction": _text(place, row, mapping.instruction),
-        "context": "" if context is None else _text(place, row, mapping.context, blank=True),
-        "response": _text(place, row, mapping.response),
-        "category": mapping.category if category in (None, "") else _text(place, row, "category"),
+        "instruction": text_column(place, row, mapping.instruction),
+        "context": "" if context is None else text_column(place, row, mapping.context, blank=True),
+        "response": text_column(place, row, mapping.response),
+        "category": mapping.category if category in (None, "") else text_column(place, row, "category"),
     }
     others = {
-        key: _text(place, row, key, blank=True) if isinstance(value, str) else str(value)
+        key: text_column(place, row, key, blank=True) if isinstance(value, str) else str(value)
         for key, value in row.items()
         if key not in mapped and key not in mapping.columns() and isinstance(value, str | int | float)
     }
     return mapped | others
 
 
-def _text(place: str, row: dict, column: str, blank: bool = False) -> str:
+def text_column(place: str, row: dict, column: str, blank: bool = False) -> str:
+    """The text in a column of a row. Raises InputError where it is missing, no text or, unless `blank`, empty."""
     value = row.get(column)
     if value is None:
         raise InputError(f"{place}: the record has no {column}")

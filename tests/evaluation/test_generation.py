@@ -1,5 +1,6 @@
-"""Greedy generation for all clients at once against a loop without a cache."""
+"""Generation for all clients at once against a loop without a cache, and samples against their distribution."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,27 +9,66 @@ import numpy as np
 import pytest
 
 from flex_jax.data.batches import Batch
-from flex_jax.evaluation.generation import greedy, pad_prompts
+from flex_jax.evaluation.generation import Sampling, generate, generate_tokens, pad_prompts
 from flex_jax.evaluation.loss import evaluation_loss
 from flex_jax.federated.placement import merge
 from flex_jax.federated.start import start
 from flex_jax.methods import METHODS
+from flex_jax.models.config import Rope
+from flex_jax.models.decoder import Decoder
 
-NEW = 6
+NEW, CLIENTS = 6, 4
+LATENT = {  # the Qwen2-MoE of the other tests as a DeepSeek-V2: latent attention, a dense first layer, expert groups
+    "family": "deepseek_v2",
+    "kv_heads": 4,
+    "head_dim": 0,
+    "attention_bias": False,
+    "shared_expert_gate": False,
+    "dense_layers": 1,
+    "dense_width": 20,
+    "expert_groups": 3,
+    "groups_per_token": 2,
+    "latent_rank": 6,
+    "query_rank": 5,
+    "nope_dim": 4,
+    "rope_dim": 4,
+    "latent_value_dim": 3,
+}
+
+
+@pytest.fixture(scope="session", params=["qwen2_moe", "deepseek_v2"])
+def model_config(request, model_config):
+    """In place of the one that all tests use; `model` and `params` follow."""
+    return dataclasses.replace(model_config, **LATENT) if request.param == "deepseek_v2" else model_config
 
 
 @pytest.fixture(scope="module")
 def federation(model, model_config, params):
-    """Three FLEx clients whose adapters have moved away from their start."""
-    chosen = np.arange(3 * model_config.layers).reshape(3, -1, 1) % model_config.experts
+    """Four FLEx clients whose adapters have moved away from their start."""
+    chosen = np.arange(CLIENTS * model_config.moe_layers).reshape(CLIENTS, -1, 1) % model_config.experts
     placement = METHODS["flex"].placement
     frozen, state = start(
-        model_config, params, model.adapters, placement, chosen, clients=3, key=jax.random.PRNGKey(0)
+        model_config, params, model.adapters, placement, chosen, clients=CLIENTS, key=jax.random.PRNGKey(0)
     )
     keys = iter(jax.random.split(jax.random.PRNGKey(1), 100))
     moved = [jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), tree)
              for tree in (state.server.shared, state.clients.personal)]
     return frozen, moved[0], state.clients._replace(personal=moved[1])
+
+
+def one_client(federation, client):
+    """The federation of this client alone."""
+    frozen, shared, clients = federation
+    return frozen, shared, jax.tree.map(lambda leaf: leaf[client : client + 1], clients)
+
+
+def draw_keys(clients, rows):
+    return jax.random.split(jax.random.key(7), (clients, rows))
+
+
+def random_prompts(lengths):
+    rng = np.random.default_rng(0)
+    return [[rng.integers(0, 60, length).tolist() for length in own] for own in lengths]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -55,24 +95,99 @@ def naive(model, federation, client, prompt, end):
 
 
 def test_every_row_equals_the_loop_of_its_own_client(model, federation):
-    rng = np.random.default_rng(0)
-    prompts = [[rng.integers(0, 60, size).tolist() for size in sizes] for sizes in ([3, 9], [5, 1], [7, 4])]
+    prompts = random_prompts([[3, 9], [5, 1], [7, 4], [2, 8]])
     tokens, lengths = pad_prompts(prompts, 0)
     free = naive(model, federation, 1, prompts[1][0], -1)
     end = free[2]  # a token that this row says by itself: it must stop there
-    new = greedy(model, *federation, tokens, lengths, max_new_tokens=NEW, end=end)
+    new = generate(model, *federation, tokens, lengths, max_new_tokens=NEW, end=end)
     expected = [[naive(model, federation, c, prompt, end) for prompt in client] for c, client in enumerate(prompts)]
     assert np.asarray(new).tolist() == expected
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_mixed_batch_equals_one_call_a_client(model, federation, sampled):
+    tokens, lengths = pad_prompts(random_prompts([[3, 9], [5, 1], [7], [2, 8]]), 0)
+    sampling = Sampling(draw_keys(CLIENTS, 2), 1.5, 0.9) if sampled else None
+    call = partial(generate, model, max_new_tokens=NEW, end=-1)
+    mixed = call(*federation, tokens, lengths, sampling=sampling)
+    for c in range(CLIENTS):
+        own = sampling and sampling._replace(keys=sampling.keys[c : c + 1])
+        alone = call(*one_client(federation, c), tokens[c : c + 1], lengths[c : c + 1], sampling=own)
+        np.testing.assert_array_equal(mixed[c], alone[0])
+    assert len({tuple(row) for row in np.asarray(mixed)[:, 0].tolist()}) == CLIENTS
+
+
+def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy(model, federation):
+    tokens, lengths = pad_prompts(random_prompts([[3, 9], [5, 1], [7, 4], [2, 8]]), 0)
+    call = partial(generate, model, *federation, tokens, lengths, max_new_tokens=NEW, end=-1)
+    greedy = call()
+    for temperature, top_p in [(2.0, 1e-6), (1e-30, 1.0), (1e-42, 0.5)]:
+        sampling = Sampling(draw_keys(CLIENTS, 2), temperature, top_p)
+        np.testing.assert_array_equal(call(sampling=sampling), greedy)
+    assert (call(sampling=Sampling(draw_keys(CLIENTS, 2), 2.0, 1.0)) != greedy).any()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.7, 0.8), (0.6, 0.95)])
+def test_samples_have_the_frequencies_of_the_nucleus(model, federation, temperature, top_p):
+    """Both of the first token and of the second where the first was the most frequent one."""
+    prompt, rows = [5, 17, 40], 4000
+    tokens, lengths = pad_prompts([[prompt] * rows], 0)
+    sampling = Sampling(draw_keys(1, rows), temperature, top_p)
+    new = generate(model, *one_client(federation, 2), tokens, lengths, max_new_tokens=2, end=-1, sampling=sampling)
+    first, second = np.asarray(new)[0].T
+    common = np.bincount(first).argmax()
+    for ids, drawn in ((prompt, first), ([*prompt, common], second[first == common])):
+        logits = np.asarray(logits_of(model, federation, 2, ids), np.float64)[-1] / temperature
+        expected = np.exp(logits - logits.max())
+        expected /= expected.sum()
+        order = np.argsort(-expected)
+        size = 60 if top_p == 1 else np.searchsorted(np.cumsum(expected[order]), top_p) + 1
+        expected[order[size:]] = 0
+        expected /= expected.sum()
+        frequency = np.bincount(drawn, minlength=60) / len(drawn)
+        assert (frequency[expected == 0] == 0).all() and (expected > 0.05).sum() > 1
+        assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected / len(drawn))).all()
+
+
+def test_samples_do_not_depend_on_how_the_prompts_are_batched(model, federation):
+    prompts = random_prompts([[3, 9, 6], [5, 0, 8], [7], [2, 8]])
+    sampling = Sampling(draw_keys(CLIENTS, 3), 2.0, 1.0)
+    call = partial(generate_tokens, model, *federation, max_new_tokens=NEW, sampling=sampling)
+    end = call(prompts, end=-1, batch_size=3)[0][1][1]
+    answers = call(prompts, end=end, batch_size=3)
+    assert answers == call(prompts, end=end, batch_size=2)
+    assert list(map(len, answers)) == [3, 3, 1, 2]
+    assert len(answers[0][1]) <= 1 and answers[1][1] == [] and not any(end in ids for own in answers for ids in own)
+    alone = [prompts[0], [[1], [2], prompts[1][2]], [[3]], [[4]]]  # other neighbours
+    again = call(alone, end=end, batch_size=3)
+    assert again[0] == answers[0] and again[1][2] == answers[1][2] and again[2] != answers[2]
+
+
+def test_dynamic_rope_goes_by_the_length_of_each_prompt(model, params):
+    """Not by that of the padded batch."""
+    rope = Rope(theta=100.0, kind="dynamic", factor=8.0, trained_length=3)
+    model = Decoder(dataclasses.replace(model.config, rope=rope))
+    tokens, lengths = pad_prompts(random_prompts([[2, 4, 6, 8, 10, 12, 14, 16]]), 0)
+    placement = METHODS["fedavg"].placement
+    frozen, state = start(
+        model.config, params, model.adapters, placement, None, clients=1, key=jax.random.PRNGKey(0)
+    )
+    first = generate(
+        model, frozen, state.server.shared, state.clients, tokens, lengths, max_new_tokens=1, end=-1
+    )
+    mask = np.arange(tokens.shape[2]) < lengths[0][:, None]
+    logits = model.apply({"params": params}, tokens[0], mask).logits
+    assert np.asarray(first)[0, :, 0].tolist() == logits[np.arange(8), lengths[0] - 1].argmax(-1).tolist()
+
+
 def test_evaluation_loss_is_the_mean_over_response_tokens(model, federation):
     rng = np.random.default_rng(1)
-    tokens = rng.integers(0, 60, (3, 4, 8)).astype(np.int32)
-    mask = (rng.random((3, 4, 8)) < 0.5).astype(np.float32)
+    tokens = rng.integers(0, 60, (CLIENTS, 4, 8)).astype(np.int32)
+    mask = (rng.random((CLIENTS, 4, 8)) < 0.5).astype(np.float32)
     mask[..., 0] = 0
     halves = [Batch(tokens[:, rows], mask[:, rows]) for rows in (slice(0, 2), slice(2, 4))]
     losses = evaluation_loss(model, *federation, halves)
-    for c in range(3):
+    for c in range(CLIENTS):
         terms = [
             -jax.nn.log_softmax(logits_of(model, federation, c, tokens[c, b]))[t - 1, tokens[c, b, t]]
             for b in range(4) for t in range(8) if mask[c, b, t]

@@ -1,0 +1,287 @@
+"""The command that answers questions, on the embedded model after one round."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flex_jax.evaluation.answers import converse
+from flex_jax.federated.placement import merge
+from flex_jax.generate import main
+from flex_jax.main import main as train
+from flex_jax.trained import open_run
+
+ROOT = Path(__file__).parents[1]
+NEW = 10
+LINES = [  # of several clients and the shared model, in no order
+    {"prompt": "Give the weekday.", "context": "A lamp was ordered by Helen. It was sent on Monday.", "client": 3},
+    {"prompt": "Write a note.", "client": 0},
+    {"prompt": "Write a note.", "client": "shared"},
+    {"question_id": 81, "category": "writing", "turns": ["Write a note.", "Give the price."], "client": 3},
+    {"prompt": "Write a note.", "client": 3},
+    {"question_id": "q", "turns": ["Name the place."], "client": "shared", "reference": ["Paris"]},
+]
+FREE = ("--temperature", "1.5", "--top-p", "0.95", "--sample-seed", "5")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished run whose clients have moved away from each other."""
+    workdir = tmp_path_factory.mktemp("generate") / "run"
+    values = {
+        "methods": "'flex','local'",
+        "rounds": 1,
+        "local_steps": 4,
+        "batch_size": 2,
+        "sequence_length": 64,
+        "model.path": "tiny",
+        "data.partition": "column",
+        "data.column": "department",
+        "data.examples_per_client": 12,
+        "data.test_examples": 3,
+        "lora.rank": 4,
+        "optimizer.learning_rate": 1e-2,
+        "evaluation.max_new_tokens": NEW,
+        "evaluation.batch_size": 3,
+        "slot.calibration_examples": 8,
+    }
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    assert train(["--config", str(ROOT / "configs/default.py"), "--workdir", str(workdir), *flags]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(workdir):
+    return open_run(workdir)
+
+
+def write(path, lines):
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def ask(workdir, tmp_path, lines, *flags):
+    """The lines of --out for these lines of --prompts."""
+    out = tmp_path / "answers.jsonl"
+    prompts = write(tmp_path / "questions.jsonl", lines)
+    assert main(["--workdir", str(workdir), "--prompts", str(prompts), "--out", str(out), *flags]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def turns(answers):
+    return [answer["choices"][0]["turns"] for answer in answers]
+
+
+@partial(jax.jit, static_argnums=0)
+def next_logits(model, params, adapters, tokens, length):
+    return model.apply({"params": params, "adapters": adapters}, tokens).logits[0, length - 1]
+
+
+def naive(trained, client, ids):
+    """The greedy continuation of one client or, for None, of the shared adapters alone; without a cache."""
+    adapters = trained.state.server.shared
+    if client is not None:
+        adapters = merge(adapters, jax.tree.map(lambda leaf: leaf[client], trained.state.clients.personal))
+    ids, new = list(ids), []
+    while len(new) < NEW:
+        tokens = jnp.array([[*ids, *[0] * (160 - len(ids))]])
+        new.append(int(next_logits(trained.model, trained.frozen.params, adapters, tokens, len(ids)).argmax()))
+        if new[-1] == trained.backbone.tokenizer.eos_token_id:
+            return new[:-1]
+        ids.append(new[-1])
+    return new
+
+
+def test_the_command_gives_the_answers_of_the_evaluation(workdir, tmp_path):
+    clients = json.loads((workdir / "results.json").read_text())["runs"][0]["clients"]
+    lines, expected = [], []
+    for client in clients:
+        for example in client["examples"]:
+            lines.append({"prompt": example["instruction"], "context": example["context"], "client": client["id"]})
+            expected.append([example["prediction"]])
+    assert turns(ask(workdir, tmp_path, lines)) == expected
+
+
+def test_one_prompt_is_answered_on_stdout(workdir, tmp_path):
+    command = [sys.executable, "-m", "flex_jax.generate", "--workdir", workdir, "--method", "local", "--client", "3"]
+    done = subprocess.run([*command, "--prompt", "Write a note."], cwd=ROOT, capture_output=True, text=True, check=True)
+    answers = ask(workdir, tmp_path, [LINES[4]], "--method", "local")
+    assert done.stdout == f"{turns(answers)[0][0]}\n" and answers[0]["model_id"] == "local-seed0-client3"
+    assert "local-seed0 after round 1 of 1" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), FREE])
+def test_mixed_lines_equal_those_of_each_client_alone(workdir, tmp_path, flags):
+    mixed = ask(workdir, tmp_path, LINES, *flags)
+    assert [answer["client"] for answer in mixed] == [line["client"] for line in LINES]
+    for client in (0, 3, "shared"):
+        own = [{key: line[key] for key in line if key != "client"} for line in LINES if line["client"] == client]
+        alone = ask(workdir, tmp_path, own, "--client", str(client), "--batch-size", "1", *flags)
+        assert turns(alone) == [*turns(answer for answer in mixed if answer["client"] == client)]
+    assert len({str(turns([mixed[row]])) for row in (1, 2, 4)}) == 3  # the same prompt
+
+
+def test_answers_have_fastchats_keys_and_stable_ids(workdir, tmp_path):
+    answers = ask(workdir, tmp_path, LINES)
+    for answer in answers:
+        assert set(answer) == {"question_id", "answer_id", "model_id", "choices", "tstamp", "client"}
+        assert [set(choice) for choice in answer["choices"]] == [{"index", "turns"}]
+        assert answer["choices"][0]["index"] == 0 and isinstance(answer["tstamp"], float)
+    assert [answer["question_id"] for answer in answers] == [1, 2, 3, 81, 5, "q"]
+    assert [answer["model_id"] for answer in answers] == [
+        f"flex-seed0-{'shared' if line['client'] == 'shared' else 'client' + str(line['client'])}" for line in LINES
+    ]
+    assert list(map(len, turns(answers))) == [len(line.get("turns", [1])) for line in LINES]
+    ids = [answer["answer_id"] for answer in answers]
+    assert len(set(ids)) == len(ids) and ids == [answer["answer_id"] for answer in ask(workdir, tmp_path, LINES)]
+
+
+def test_the_shared_model_is_the_backbone_with_the_shared_adapters_only(workdir, trained, tmp_path):
+    questions = ["Write a note.", "Give the weekday."]
+    answers = ask(workdir, tmp_path, [{"prompt": question} for question in questions], "--client", "shared")
+    tokenizer = trained.backbone.tokenizer
+    prompts = [tokenizer(alpaca(question))["input_ids"] for question in questions]
+    assert turns(answers) == [[tokenizer.decode(naive(trained, None, prompt)).strip()] for prompt in prompts]
+    assert turns(answers) != [[tokenizer.decode(naive(trained, 0, prompt)).strip()] for prompt in prompts]
+
+
+def alpaca(question):
+    opening = "Below is an instruction that describes a task. Write a response that appropriately completes"
+    return f"{opening} the request.\n\n### Instruction:\n{question}  \n\n### Response:"
+
+
+def test_the_second_turn_follows_the_first_and_its_answer(workdir, trained, tmp_path):
+    answers = ask(workdir, tmp_path, LINES[1:2] + LINES[3:4])
+    tokenizer = trained.backbone.tokenizer
+    first = tokenizer(alpaca("Write a note."))["input_ids"]
+    said = naive(trained, 3, first)
+    later = tokenizer("### Instruction:\nGive the price.  \n\n### Response:")["input_ids"]
+    then = naive(trained, 3, [*first, *said, tokenizer.eos_token_id, *later])
+    assert turns(answers)[1] == [tokenizer.decode(ids).strip() for ids in (said, then)]
+    assert then != naive(trained, 3, tokenizer(alpaca("Give the price."))["input_ids"])
+
+
+def test_a_later_turn_reads_the_whole_conversation_and_draws_anew(monkeypatch):
+    calls, said = [], [[[7, 7], [8]], [[9]]]  # what every turn is answered, by client and question
+
+    def generate_tokens(model, frozen, shared, clients, prompts, *, sampling, **rest):
+        calls.append((prompts, jax.random.key_data(sampling.keys)))
+        return said
+
+    monkeypatch.setattr("flex_jax.evaluation.answers.generate_tokens", generate_tokens)
+    questions = [[[[1, 2], [3]], [[4]]], [[[5], [6], [1]]]]
+    keys = jax.random.split(jax.random.key(0), 2)
+    settings = dict(end=0, max_new_tokens=2, batch_size=1, keys=keys, temperature=1.0, top_p=1.0)
+    conversations = converse(None, None, None, None, questions, **settings)
+    assert [prompts for prompts, _ in calls] == [
+        [[[1, 2], [4]], [[5]]],
+        [[[1, 2, 7, 7, 0, 3], []], [[5, 9, 0, 6]]],
+        [[[], []], [[5, 9, 0, 6, 9, 0, 1]]],
+    ]
+    assert conversations == [[[[7, 7]] * 2, [[8]]], [[[9]] * 3]]
+    assert len({tuple(row) for _, keys in calls for row in keys.reshape(-1, 2).tolist()}) == 3 * 2 * 2
+
+
+def test_samples_go_by_the_sample_seed(workdir, tmp_path):
+    lines = [{"prompt": "Write a note."}] * 3
+    first, again = (turns(ask(workdir, tmp_path, lines, "--client", "1", *FREE)) for _ in range(2))
+    assert first == again != turns(ask(workdir, tmp_path, lines, "--client", "1", *FREE[:-1], "6"))
+    assert len(set(map(str, first))) == 3  # the same question, each time with its own chance
+
+
+@pytest.mark.parametrize("name", ["mt-bench", "vicuna-bench"])
+def test_the_real_benchmarks_are_answered(workdir, shared_data, tmp_path, name):
+    file, out = shared_data / f"{name}.jsonl.gz", tmp_path / "out.jsonl"
+    flags = ["--client", "2", "--max-new-tokens", "2", "--batch-size", "80"]
+    assert main(["--workdir", str(workdir), "--prompts", str(file), "--out", str(out), *flags]) == 0
+    questions = [json.loads(line) for line in gzip.open(file, "rt", encoding="utf-8")]
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["question_id"] for answer in answers] == [question["question_id"] for question in questions]
+    assert [*map(len, turns(answers))] == [len(question["turns"]) for question in questions]
+
+
+FINE = {"prompt": "Write a note."}
+BAD_LINES = {  # after six good ones
+    "broken JSON": ('{"prompt": ', "questions.jsonl:7: broken JSON"),
+    "no object": ("[1]", "questions.jsonl:7: .*object"),
+    "no question": ({"client": 1}, "questions.jsonl:7: must have either prompt or turns"),
+    "two kinds": ({"prompt": "a", "turns": ["b"]}, "questions.jsonl:7: must have either prompt or turns"),
+    "empty": ({"prompt": " "}, "questions.jsonl:7: prompt is empty"),
+    "no text": ({"prompt": 3}, "questions.jsonl:7: prompt must be a string"),
+    "no turn": ({"turns": []}, "questions.jsonl:7: turns must be"),
+    "turns that are one string": ({"turns": "abc"}, "questions.jsonl:7: turns must be"),
+    "an empty turn": ({"turns": ["a", ""]}, "questions.jsonl:7: turn 2 is empty"),
+    "a context that is none": ({"prompt": "a", "context": ["b"]}, "questions.jsonl:7: context must be a string"),
+    "an unknown client": ({"prompt": "a", "client": 4}, "questions.jsonl:7: client '4': must be shared or .* 0 to 3"),
+    "a client by name": ({"prompt": "a", "client": "finance"}, "questions.jsonl:7: client 'finance'"),
+    "too long": ({"prompt": "note " * 2100}, r"questions.jsonl:7: the prompt is too long: 2\d+ tokens; .* 2048"),
+    "too long in the end": ({"turns": ["note " * 990] * 2}, "questions.jsonl:7: .* beside up to 81 of the answers"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_bad_line_is_named_and_nothing_is_written(workdir, tmp_path, capsys, kind):
+    line, words = BAD_LINES[kind]
+    prompts, out = write(tmp_path / "questions.jsonl", [FINE] * 6 + [line]), write(tmp_path / "out.jsonl", ["old"])
+    command = ["--workdir", workdir, "--client", "1", "--prompts", prompts, "--out", out, "--max-new-tokens", "80"]
+    assert_refused(command, words, capsys)
+    assert out.read_text() == "old\n" and len(list(tmp_path.iterdir())) == 2
+
+
+ONE = ("--client", "1", "--prompt", "Write a note.")
+FILES = ("--prompts", "IN", "--out", "OUT")
+BAD_FLAGS = {
+    "no question": (("--client", "1"), "either --prompt or --prompts"),
+    "both": (ONE + FILES, "either --prompt or --prompts"),
+    "no client": (ONE[2:], "--prompt needs --client"),
+    "no client for a line": (FILES, "questions.jsonl:1: has no client"),
+    "an unknown client": (("--client", "4", *ONE[2:]), "client '4': must be shared or a number from 0 to 3"),
+    "a negative client": (("--client=-1", *ONE[2:]), "client '-1'"),
+    "an empty client": (("--client", "", *ONE[2:]), "client ''"),
+    "an empty prompt": (("--client", "1", "--prompt", " "), "--prompt is empty"),
+    "no place for answers": (FILES[:2], "--out go together"),
+    "a place for one answer": (ONE + FILES[2:], "--out go together"),
+    "no file": (("--prompts", "IN.missing", "--out", "OUT"), "questions.jsonl.missing: no such file"),
+    "a folder that is not there": (("--prompts", "IN", "--out", "OUT/answers"), "--out .*: must be a file in a dir"),
+    "answers over questions": (("--prompts", "IN", "--out", "IN"), "is the file of --prompts"),
+    "a cold temperature": ((*ONE, "--temperature", "-0.1"), "--temperature: -0.1: must be a finite number"),
+    "no temperature": ((*ONE, "--temperature", "nan"), "--temperature: nan: must be a finite number"),
+    "an empty nucleus": ((*ONE, "--top-p", "0"), "--top-p: 0: must be above 0 and at most 1"),
+    "a nucleus above one": ((*ONE, "--top-p", "1.1"), "--top-p: 1.1: must be above 0 and at most 1"),
+    "no new token": ((*ONE, "--max-new-tokens", "0"), "--max-new-tokens: 0: must be an integer of at least 1"),
+    "no room for new tokens": ((*ONE, "--max-new-tokens", "2048"), "--prompt: the prompt is too long"),
+    "half a batch": ((*ONE, "--batch-size", "0.5"), "--batch-size: 0.5: must be an integer"),
+    "an unknown method": ((*ONE, "--method", "fedavg"), "--method fedavg: .* has flex, local"),
+    "an unknown seed": ((*ONE, "--seed", "3"), "--seed 3: .* has 0"),
+    "no run": ((*ONE, "--workdir", "OUT"), "no run there"),
+    "an unknown flag": ((*ONE, "--top-k", "3"), "--top-k"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FLAGS)
+def test_a_bad_flag_gives_one_line_and_status_2(workdir, tmp_path, capsys, kind):
+    flags, words = BAD_FLAGS[kind]
+    prompts, out = write(tmp_path / "questions.jsonl", [FINE]), tmp_path / "answers.jsonl"
+    flags = [flag.replace("IN", str(prompts)).replace("OUT", str(out)) for flag in flags]
+    assert_refused(["--workdir", workdir, *flags], words, capsys)
+    assert not out.exists()
+
+
+def test_a_broken_config_of_the_run(tmp_path, capsys):
+    write(tmp_path / "config.json", ["{"])
+    assert_refused(["--workdir", tmp_path, *ONE], "config.json: broken JSON", capsys)
+
+
+def assert_refused(command, words, capsys):
+    capsys.readouterr()
+    assert main(list(map(str, command))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("flex_jax: error:")
+    assert re.search(words, printed.err), printed.err
