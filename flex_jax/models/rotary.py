@@ -11,7 +11,8 @@ from flex_jax.models.config import Rope
 def frequencies(rope: Rope, size: int, length: jax.Array) -> jax.Array:
     """Angle per position of each pair of dimensions, float32 [B, size / 2].
 
-    length [B] is the number of tokens a sequence has; only "dynamic" depends on it.
+    length [B] is the number of tokens a sequence has; only "dynamic" depends on it. Keys in a cache keep the angles of
+    the length at which they were written, as in transformers.
     """
     exponents = jnp.arange(0, size, 2, dtype=jnp.float32) / size
     if rope.kind == "dynamic":
