@@ -100,6 +100,7 @@ SCHEMA = {
     "lora.rank": Key(32, _at_least(1), "rank of the attention adapters"),
     "lora.alpha": Key(64.0, _POSITIVE, "the attention adapters are scaled by alpha / rank"),
     "lora.dropout": Key(0.05, _PROBABILITY, "dropout on the input of the attention adapters"),
+    "lora.path": Key("", _ANY_TEXT, "a PEFT LoRA adapter directory to start from; empty: a fresh adapter"),
     "slot.experts": Key(1, _at_least(1), "pretrained experts grafted into a client's slot in each layer"),
     "slot.selection": Key(
         "reconstruction", _one_of("reconstruction", "random", "router"), "how the grafted experts are chosen"

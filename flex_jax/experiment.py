@@ -36,9 +36,10 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     check_slots(config, backbone)
     records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
     federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
+    rows = [describe(config, backbone, name) for name in config.methods]
     claim(workdir, config)
     metrics = MetricsWriter(workdir / "metrics.jsonl")
-    print(plan_table([describe(config, backbone, name) for name in config.methods]), flush=True)
+    print(plan_table(rows), flush=True)
     results = load_results(workdir)
     done = {(finished["method"], finished["seed"]) for finished in results["runs"]}
     for name in config.methods:

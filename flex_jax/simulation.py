@@ -29,6 +29,7 @@ from flex_jax.methods import METHODS
 from flex_jax.models.checkpoint import find_checkpoint, load_pretrained
 from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
+from flex_jax.models.peft import load_adapter
 from flex_jax.reporting.writers import MetricsWriter, read_metrics
 
 # What is folded into a run's key for the choices made outside of its rounds.
@@ -58,9 +59,14 @@ class Run(NamedTuple):
     state: RoundState
 
 
+def checkpoint_name(config: ConfigDict) -> str:
+    """The checkpoint directory or Hub name that config.model.path stands for."""
+    return str(tiny.CHECKPOINT) if config.model.path == "tiny" else config.model.path
+
+
 def load_backbone(config: ConfigDict) -> Backbone:
     """The model, frozen parameters and tokenizer of config.model."""
-    path = find_checkpoint(tiny.CHECKPOINT if config.model.path == "tiny" else config.model.path)
+    path = find_checkpoint(checkpoint_name(config))
     quantisation = None if config.model.quantisation == "none" else config.model.quantisation
     model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation)
     try:
@@ -79,9 +85,10 @@ def adapter_config(config: ConfigDict) -> AdapterConfig:
 
 
 def prepare(config: ConfigDict, backbone: Backbone, name: str, chosen: np.ndarray | None, key: jax.Array) -> Run:
-    """Round 0 of a method, `config` being its own."""
+    """Round 0 of a method, `config` being its own. Raises InputError when config.lora.path is no fitting adapter."""
     adapters = adapter_config(config)
     model = backbone.model.clone(adapters=adapters)
+    lora = load_adapter(config.lora.path, model.config, adapters.lora) if config.lora.path else None
     frozen, state = start(
         model.config,
         backbone.params,
@@ -90,6 +97,7 @@ def prepare(config: ConfigDict, backbone: Backbone, name: str, chosen: np.ndarra
         chosen,
         clients=config.clients,
         key=key,
+        lora=lora,
     )
     return Run(model, frozen, state)
 

@@ -20,15 +20,17 @@ def start(
     *,
     clients: int,
     key: jax.Array,
+    lora: dict | None = None,
 ) -> tuple[Frozen, RoundState]:
     """Round 0: adapters with the same initial values for all clients, divided by role; slots as `chosen` says.
 
     chosen: [N, L, r] int32, the experts each client grafts, or None for no personal slot. `key` becomes the run's key.
+    lora: the attention LoRA that all start with, by default a fresh one.
     """
     lora_key, slot_key = jax.random.split(jax.random.fold_in(key, 0x1017))
 
     def one_client(experts):
-        tree = init_attention_lora(lora_key, config, adapters.lora)
+        tree = init_attention_lora(lora_key, config, adapters.lora) if lora is None else lora
         if chosen is None:
             return split(tree, placement), {}
         slots, grafts = fill_slots(params, experts, adapters.slot, slot_key)

@@ -31,6 +31,7 @@ INDEX = "model.safetensors.index.json"
 FUSED = "mlp.experts.gate_up_proj"  # the name of the experts of a layer where they share a tensor
 READABLE = ("F64", "F32", "F16", "BF16")
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # computed, not learnt; some old checkpoints hold it
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]  # configs, weights, tokenizer and code
 NAMED_ERRORS = 8  # wrong tensors that the error line names; the others are counted
 SHARD_BYTES = 5e9
 
@@ -49,7 +50,7 @@ def find_checkpoint(path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"{path}: no such directory, and as a Hub model it is not in the local cache and the Hub cannot be "
@@ -59,12 +60,11 @@ def find_checkpoint(path) -> Path:
         raise InputError(f"{path}: no such directory, and the Hub does not give it: {error}") from error
 
 
-def load_config(path) -> ModelConfig:
-    """The ModelConfig of a Hugging Face directory. Raises InputError for what is missing or not supported."""
-    file = Path(path) / "config.json"
+def read_model_config(file: Path) -> ModelConfig:
+    """The ModelConfig of a config.json. Raises InputError for what is missing or not supported in it."""
     if not file.is_file():
-        raise InputError(f"{path}: not a checkpoint directory (no config.json)")
-    raw = _read_json(file)
+        raise InputError(f"{file.parent}: not a checkpoint directory (no {file.name})")
+    raw = read_json(file)
     name = raw.get("model_type")
     if name not in FAMILIES:
         raise InputError(f"{file}: model_type {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
@@ -89,12 +89,12 @@ def load_pretrained(
     and unknown tensors named at once.
     """
     directory = find_checkpoint(path)
-    config = load_config(directory)
+    config = read_model_config(directory / "config.json")
     with contextlib.ExitStack() as stack:
         files = _open(directory, stack)
         fused = any(name.endswith(FUSED) for name in files)
         table = tensors(FAMILIES[config.family], config, fused=fused)
-        _check(directory, table, files)
+        check_tensors(directory, table, files, quantisation)
         flat, count = {}, sum(1 for row in table for _ in row.parts())
         with tqdm(total=count, desc="load", unit=" tensors", delay=3) as progress:
             for row in table:
@@ -102,6 +102,7 @@ def load_pretrained(
                 for name, start in row.parts():
                     part = files[name].get_tensor(name)
                     parameter = _place(parameter, part, np.array(start, np.int32), row.transposed)
+                    jax.block_until_ready(parameter)  # or the parts that wait for the device would pile up
                     progress.update()
                 flat[row.path] = parameter
     return Decoder(config), unflatten_dict(flat, sep="/")
@@ -137,13 +138,18 @@ def _place(parameter: jax.Array | Quantised, part: jax.Array, start: jax.Array, 
         part = quantise(part, kind, parameter.scales.dtype)
 
     def write(leaf, piece):
-        stacked = piece.astype(leaf.dtype).reshape((1,) * (leaf.ndim - piece.ndim) + piece.shape)
-        return lax.dynamic_update_slice(leaf, stacked, list(start))
+        # bfloat16 as integers: on CPU, XLA would convert the whole array to float32 and back to write a part of it
+        bits = jnp.uint16 if leaf.dtype == jnp.bfloat16 else leaf.dtype
+        piece = lax.bitcast_convert_type(piece.astype(leaf.dtype), bits)
+        stacked = piece.reshape((1,) * (leaf.ndim - piece.ndim) + piece.shape)
+        written = lax.dynamic_update_slice(lax.bitcast_convert_type(leaf, bits), stacked, list(start))
+        return lax.bitcast_convert_type(written, leaf.dtype)
 
     return jax.tree.map(write, parameter, part)
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises InputError when it holds anything else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -157,24 +163,30 @@ def _open(directory: Path, stack) -> dict:
     """Tensor name -> the open file that holds it."""
     names = [WEIGHTS]
     if (directory / INDEX).is_file():
-        weight_map = _read_json(directory / INDEX).get("weight_map")
+        weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f"{directory / INDEX}: key 'weight_map' is missing")
         names = sorted(set(weight_map.values()))
     files = {}
     for name in names:
-        file = directory / name
-        if not file.is_file():
-            raise InputError(f"{file}: missing weights file")
-        try:
-            opened = stack.enter_context(safe_open(file, framework="np"))
-        except SafetensorError as error:
-            raise InputError(f"{file}: not a whole safetensors file ({error})") from error
-        files.update(dict.fromkeys(opened.keys(), opened))
+        files |= open_tensors(directory / name, stack)
     return files
 
 
-def _check(directory: Path, table: list[Tensor], files: dict) -> None:
+def open_tensors(file: Path, stack: contextlib.ExitStack) -> dict:
+    """Tensor name -> the open file, which `stack` closes. Raises InputError when it is missing or cut off."""
+    if not file.is_file():
+        raise InputError(f"{file}: missing weights file")
+    try:
+        opened = stack.enter_context(safe_open(file, framework="np"))
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error})") from error
+    return dict.fromkeys(opened.keys(), opened)
+
+
+def check_tensors(directory: Path, table: list[Tensor], files: dict, quantisation: str | None = None) -> None:
+    """Raises InputError unless the tensors of `files` (name -> open file) are those of the table, and can be quantised
+    where that is asked for; all wrong ones are named at once."""
     shapes = {name: row.shape for row in table for name, _ in row.parts()}
     unknown = (name for name in sorted(files.keys() - shapes.keys()) if not IGNORED.fullmatch(name))
     wrong = []
@@ -189,18 +201,24 @@ def _check(directory: Path, table: list[Tensor], files: dict) -> None:
             wrong.append(f"{name} has type {held.get_dtype()}, not one of {', '.join(READABLE)}")
     tied = "lm_head.weight" not in shapes  # some checkpoints hold the tied head as well
     wrong += [f"{name} is not part of the model" for name in unknown if not (tied and name == "lm_head.weight")]
+    for row in table:
+        inputs = row.part_shape[-2:][0]
+        if quantisation and row.quantisable and inputs % 2:
+            wrong.append(f"{row.path} has {inputs} inputs; {quantisation} needs an even number")
     if wrong:
         more = f"; and {len(wrong) - NAMED_ERRORS} more" if len(wrong) > NAMED_ERRORS else ""
-        raise InputError(f"{directory}: {len(wrong)} wrong tensors: {'; '.join(wrong[:NAMED_ERRORS])}{more}")
+        count = f"{len(wrong)} wrong tensor{'s' * (len(wrong) > 1)}"
+        raise InputError(f"{directory}: {count}: {'; '.join(wrong[:NAMED_ERRORS])}{more}")
 
 
 def save_pretrained(
-    path, config: ModelConfig, frozen: dict, *, tokenizer=None, extra_config: dict | None = None, extra=()
+    path, config: ModelConfig, frozen: dict, *, tokenizer=None, raw: dict | None = None, extra=()
 ) -> None:
     """Write a Hugging Face directory that `load_pretrained` and transformers read, in shards of at most 5 GB.
 
     The tensors keep their dtype; quantised ones are written as they are computed with. `tokenizer`, a transformers
-    tokenizer, is saved beside them. extra_config: more keys of config.json; extra: more (name, array) pairs.
+    tokenizer, is saved beside them. raw: the config.json to write, by default one made from `config`; extra: more
+    (name, array) pairs.
     """
     path, family = Path(path), FAMILIES[config.family]
     path.mkdir(parents=True, exist_ok=True)
@@ -208,17 +226,16 @@ def save_pretrained(
     parts = (
         pair for row in tensors(family, config) for pair in row.disassemble(np.asarray(dequantise(flat[row.path])))
     )
-    _write_shards(path, itertools.chain(parts, extra))
-    raw = write_config(family, config) | {"dtype": str(flat["embedding"].dtype)}
+    write_shards(path, itertools.chain(parts, extra))
+    raw = (write_config(family, config) if raw is None else raw) | {"dtype": str(flat["embedding"].dtype)}
     if tokenizer is not None:
         raw |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
         tokenizer.save_pretrained(path)
-    raw |= extra_config or {}
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(path: Path, parts: Iterable[tuple[str, np.ndarray]]) -> None:
-    """One file, or several and their index; one shard in memory at a time."""
+def write_shards(path: Path, parts: Iterable[tuple[str, np.ndarray]], shard_bytes: float = SHARD_BYTES) -> None:
+    """Write (name on disk, array) pairs as one file, or as several and their index; one shard in memory at a time."""
     shards, shard, size, total = [], {}, 0, 0
 
     def flush():
@@ -226,7 +243,7 @@ def _write_shards(path: Path, parts: Iterable[tuple[str, np.ndarray]]) -> None:
         shards.append(list(shard))
 
     for name, array in parts:
-        if shard and size + array.nbytes > SHARD_BYTES:
+        if shard and size + array.nbytes > shard_bytes:
             flush()
             shard, size = {}, 0
         shard[name] = array

@@ -76,14 +76,15 @@ def test_a_round_equals_a_loop_over_clients(name, prepared, one_round, model, pa
 
 @pytest.mark.parametrize("training", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_round_on_a_quantised_backbone_is_one_on_its_values(kind, training, params, model, batches, examples, tmp_path):
+def test_a_quantised_round_is_one_on_its_values(kind, training, params, model, batches, examples, tmp_path):
     """Under vmap and remat; the slots start from the values too."""
     save_pretrained(tmp_path, model.config, params)
     _, held = load_pretrained(tmp_path, quantisation=kind)
     slot = SlotConfig(training=training, lora=LoraConfig(2, 4.0))
     adapters = replace(model.adapters, slot=slot)
     model = model.clone(adapters=adapters, remat=True)
-    round_fn = make_round(model, rounds=5, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
+    settings = dict(rounds=5, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
+    round_fn = make_round(model, **settings)
     chosen = np.arange(4 * model.config.layers).reshape(4, -1, 1) % model.config.experts
     after = []
     for backbone in (held, jax.tree.map(dequantise, held, is_leaf=lambda leaf: isinstance(leaf, Quantised))):

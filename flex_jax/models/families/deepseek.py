@@ -28,4 +28,5 @@ FAMILY = Family(
     read=read_shared_experts,
     write=write_shared_experts,
     shared_expert="shared_experts",
+    in_transformers=False,
 )

@@ -33,6 +33,7 @@ class Family(NamedTuple):
     mlp: str = "mlp"  # name of a layer's feed-forward part on disk, where experts have tensors of their own
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_expert: str = ""
+    in_transformers: bool = True  # False: its checkpoints bring their own code
 
 
 COMMON = {
