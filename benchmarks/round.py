@@ -5,8 +5,8 @@
         --config.sequence_length=64 --config.local_steps=1
 
 The setting is that of --config (configs/dolly_pathological.py) and of further arguments (--config.KEY=VALUE), for one
-method (--method flex). The first round compiles; the second is timed. Prints one JSON line. `peak_gb` is what the device
-reports, or on CPU the largest resident memory of the process.
+method (--method flex). The first round compiles; the second is timed. Prints one JSON line. `peak_gb` is what the
+device reports, or on CPU the largest resident memory of the process.
 """
 
 import argparse
