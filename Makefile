@@ -14,13 +14,14 @@ clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# In its other mode the package is hidden from a program that runs in the folder of the clone, which has its name.
 # The stamps keep a second call from installing again; a changed requirement makes them old.
 $(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install -q -e .
+	$(VENV)/bin/python -m pip install -q -e . --config-settings editable_mode=compat
 	touch $@
 
 $(VENV)/.installed-dev: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install -q -e ".[dev]"
+	$(VENV)/bin/python -m pip install -q -e ".[dev]" --config-settings editable_mode=compat
 	touch $@
 
 $(VENV)/bin/python:

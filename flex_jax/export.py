@@ -85,10 +85,10 @@ def export(arguments: list[str]) -> None:
     from flex_jax.models.peft import has_adapter, save_adapter
     from flex_jax.models.personalised import personal_slot, save_personalised
     from flex_jax.simulation import checkpoint_name
-    from flex_jax.trained import clients_of, open_run, parse_client, read_config
+    from flex_jax.trained import client_names, clients_of, open_run, parse_client
 
-    client = parse_client(options.client, read_config(options.workdir).clients)
-    trained = open_run(options.workdir, options.method, options.seed, plain=True)
+    client = parse_client(options.client, client_names(options.workdir))
+    trained = open_run(options.workdir, options.method, options.seed)
     own = jax.tree.map(lambda leaf: leaf[0], clients_of(trained, [client]))
     variables = collections(trained.frozen, trained.state.server.shared, own)
     model, adapters = trained.model, variables["adapters"]

@@ -46,11 +46,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     top_p = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
     add = parser.add_argument
     add("--workdir", type=Path, required=True, metavar="RUN", help="work directory of the run")
-    add("--client", metavar="N|shared", help="whose answers: a client's, or the aggregated model's;\n"
+    add("--client", metavar="N|NAME|shared", help="whose answers: a client's, or the aggregated model's;\n"
         "with --prompts that of the lines without a client")
     add("--method", help="method of the run; default the first in its config")
     add("--seed", type=seed, metavar="N", help="seed of the run; default the first in its config")
     add("--prompt", metavar="TEXT", help="one question; its answer is printed")
+    add("--context", metavar="TEXT", default="", help="what the question is about, where the task has such a text")
     add("--prompts", type=Path, metavar="FILE", help="questions, .jsonl or .jsonl.gz")
     add("--out", type=Path, metavar="FILE", help="where the answers to --prompts go")
     add("--max-new-tokens", type=positive, metavar="N", help="default evaluation.max_new_tokens of the run")
@@ -67,6 +68,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise InputError("--prompt is empty")
         if options.client is None:
             raise InputError("--prompt needs --client: a client's number, or shared")
+    if options.prompts is not None and options.context:
+        raise InputError("--context goes with --prompt; a line of --prompts has its own")
     if (options.prompts is None) != (options.out is None):
         raise InputError("--prompts and --out go together")
     if options.prompts is not None:
@@ -89,13 +92,13 @@ def answer(options: argparse.Namespace) -> None:
     # Imported here and not above: the imports take seconds, and a wrong flag is told at once.
     from flex_jax.evaluation.answers import Question, encode_question, fastchat_answer, read_questions
     from flex_jax.reporting.writers import write_text
-    from flex_jax.trained import SHARED, open_run, read_config
+    from flex_jax.trained import SHARED, client_names, open_run
 
     if options.prompt is None:
         questions = read_questions(options.prompts)
     else:
-        questions = [Question("--prompt", 1, None, [{"instruction": options.prompt, "context": ""}])]
-    asked = asked_clients(questions, options.client, read_config(options.workdir).clients)
+        questions = [Question("--prompt", 1, None, [{"instruction": options.prompt, "context": options.context}])]
+    asked = asked_clients(questions, options.client, client_names(options.workdir))
     trained = open_run(options.workdir, options.method, options.seed)
     max_new_tokens = options.max_new_tokens or trained.config.evaluation.max_new_tokens
     max_positions, tokenizer = trained.model.config.max_positions, trained.backbone.tokenizer
@@ -126,19 +129,19 @@ def answer(options: argparse.Namespace) -> None:
     write_text(options.out, "".join(lines))
 
 
-def asked_clients(questions: list, default: str | None, clients: int) -> list[int | None]:
+def asked_clients(questions: list, default: str | None, names: list[str]) -> list[int | None]:
     """The client that each question is put to, None for the shared model. Raises InputError for one that is not."""
     from flex_jax.trained import parse_client
 
     if default is not None:
-        parse_client(default, clients)
+        parse_client(default, names)
     asked = []
     for question in questions:
         name = default if question.client is None else question.client
         if name is None:
             raise InputError(f"{question.place}: has no client; --client would give the lines without one theirs")
         try:
-            asked.append(parse_client(name, clients))
+            asked.append(parse_client(name, names))
         except InputError as error:
             raise InputError(f"{question.place}: {error}") from error
     return asked

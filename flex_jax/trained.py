@@ -28,14 +28,12 @@ class Trained(NamedTuple):
     state: RoundState
 
 
-def open_run(workdir: Path, method: str | None = None, seed: int | None = None, *, plain: bool = False) -> Trained:
+def open_run(workdir: Path, method: str | None = None, seed: int | None = None) -> Trained:
     """The run of `method` and `seed` under a work directory, by default the first of each in its config.
 
-    plain: the backbone is loaded without quantisation. Raises InputError when there is no such run.
+    Raises InputError when there is no such run.
     """
     config = read_config(workdir)
-    if plain:
-        config.model.quantisation = "none"
     for name, value, known in (("--method", method, config.methods), ("--seed", seed, config.seeds)):
         if value is not None and value not in known:
             raise InputError(f"{name} {value}: the run in {workdir} has {', '.join(map(str, known))}")
@@ -81,13 +79,26 @@ def _lists_to_tuples(values: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def parse_client(text: str, clients: int) -> int | None:
-    """The number of a client, or None for the word "shared". Raises InputError for anything else."""
+def client_names(workdir: Path) -> list[str]:
+    """The names of a run's clients, by number; empty ones before any of its methods has finished. Raises InputError as
+    `read_config`."""
+    clients = read_config(workdir).clients
+    file = workdir / "results.json"
+    if not file.is_file():
+        return [""] * clients
+    return [client["name"] for client in json.loads(file.read_text(encoding="utf-8"))["runs"][0]["clients"]]
+
+
+def parse_client(text: str, names: list[str]) -> int | None:
+    """The number of the client of that number or name, or None for the word "shared". Raises InputError otherwise."""
     if text == SHARED:
         return None
-    if not text.isdecimal() or int(text) >= clients:
-        raise InputError(f"client {text!r}: must be {SHARED} or a number from 0 to {clients - 1}")
-    return int(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    if text and text in names:
+        return names.index(text)
+    known = ", ".join(f"{number} ({name})" if name else str(number) for number, name in enumerate(names))
+    raise InputError(f"client {text!r}: must be {SHARED} or one of {known}")
 
 
 def clients_of(trained: Trained, clients: list[int | None]) -> ClientState:

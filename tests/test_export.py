@@ -90,8 +90,8 @@ def test_hf_holds_everything_and_hf_merged_plain_weights(workdir, checkpoint, tm
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--client", "4"), "must be shared or a number from 0 to 3"),
-        (("--client", "first"), "must be shared or a number from 0 to 3"),
+        (("--client", "4"), "client '4': must be shared or one of 0 "),
+        (("--client", "first"), "client 'first': must be shared or one of 0 "),
         (("--method", "fedprox"), "--method fedprox: the run in .* has flex, fedavg, local"),
         (("--seed", "5"), "--seed 5: the run in .* has 0"),
         (("--seed", "x"), "--seed: invalid int value: 'x'"),

@@ -55,8 +55,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None
     """Checks that the tokenizer fits a model of `vocab_size` embedding rows.
 
     Raises:
-        InputError: some token has no embedding, or there is no end-of-sequence token to learn.
+        InputError: it has no vocabulary, some token has no embedding, or there is no end-of-sequence token to learn.
     """
+    if not tokenizer("a few words", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} gives no tokens: its files are missing or empty")
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token; set it in tokenizer_config.json")
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])

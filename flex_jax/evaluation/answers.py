@@ -71,8 +71,8 @@ def encode_question(question: Question, tokenizer, *, max_positions: int, max_ne
     if length + answers + max_new_tokens > max_positions:
         beside = f" beside up to {answers} of the answers before" if answers else ""
         raise InputError(
-            f"{question.place}: the prompt is too long: {length} tokens{beside}; the model has {max_positions} "
-            f"positions, {max_new_tokens} of them for the new tokens"
+            f"{question.place}: too long: a prompt of {length} tokens{beside} and {max_new_tokens} new tokens; the "
+            f"model has {max_positions} positions"
         )
     return turns
 

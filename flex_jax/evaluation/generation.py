@@ -133,7 +133,7 @@ def generate_tokens(
     tokens = np.pad(tokens, ((0, 0), (0, fill), (0, 0)), constant_values=end)
     lengths = np.pad(lengths, ((0, 0), (0, fill)))
     answers = [[] for _ in prompts]
-    for start in tqdm(range(0, examples, batch_size), desc="generation", unit="batch", leave=False):
+    for start in tqdm(range(0, examples, batch_size), desc="generation", unit="batch", leave=False, disable=None):
         rows = np.arange(start, start + batch_size)
         keys = None if sampling is None else sampling.keys[:, np.minimum(rows, examples - 1)]
         new = generate(

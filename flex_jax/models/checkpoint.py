@@ -53,8 +53,8 @@ def find_checkpoint(path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
     except LocalEntryNotFoundError as error:
         raise InputError(
-            f"{path}: no such directory, and as a Hub model it is not in the local cache and the Hub cannot be "
-            f"reached; where it can, run: hf download {path}"
+            f"{path}: no such directory here, and if it is the name of a Hub model, that is not in the local cache and "
+            f"the Hub cannot be reached; where it can, run: hf download {path}"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise InputError(f"{path}: no such directory, and the Hub does not give it: {error}") from error

@@ -98,7 +98,8 @@ def load_adapter(path, config: ModelConfig, lora: LoraConfig) -> dict:
         if held.get(key) not in values
     ]
     if wrong:
-        raise InputError(f"{file}: {'; '.join(wrong)} (r and lora_alpha as in config.lora)")
+        ours = "r and lora_alpha as in config.lora or a method's overrides of it"
+        raise InputError(f"{file}: {'; '.join(wrong)} ({ours})")
     table = adapter_tensors(config, lora.rank)
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory / WEIGHTS, stack)

@@ -14,6 +14,7 @@ from flex_jax.models.config import LoraConfig, ModelConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.families import FAMILIES
 from flex_jax.models.tensors import Tensor
+from flex_jax.ops.quantised import dequantise
 
 MODELING = Path(__file__).with_name("modeling_flex.py")  # the model's code for transformers, copied and not imported
 COPIED = (  # of a checkpoint, beside weights and config.json
@@ -29,14 +30,15 @@ COPIED = (  # of a checkpoint, beside weights and config.json
 
 def merge_lora(frozen: dict, adapters: dict, lora: LoraConfig) -> dict:
     """The frozen tree with alpha / rank * A B added to each kernel that has a LoRA beside it: computed in float32, held
-    in the kernel's dtype. The personal slot, if any, is not looked at."""
+    plain in the kernel's dtype. The personal slot, if any, is not looked at."""
     flat, merged = flatten_dict(adapters, sep="/"), flatten_dict(frozen, sep="/")
     for path, a in flat.items():
         *module, name = path.split("/")
         if name == "lora_a" and "slot" not in module:
             kernel = "/".join((*module, "kernel"))
             delta = _product(a, flat["/".join((*module, "lora_b"))], lora)
-            merged[kernel] = (merged[kernel].astype(jnp.float32) + delta).astype(merged[kernel].dtype)
+            plain = dequantise(merged[kernel])
+            merged[kernel] = (plain.astype(jnp.float32) + delta).astype(plain.dtype)
     return unflatten_dict(merged, sep="/")
 
 
@@ -58,7 +60,8 @@ def full_slot(frozen: dict, slot: dict, expert_index: jax.Array, config: SlotCon
     moe = frozen["layers"]["moe"]
 
     def grafted(stack):
-        return jax.vmap(partial(jnp.take, axis=0))(stack, expert_index).astype(jnp.float32)
+        rows = jax.vmap(partial(jnp.take, axis=0))
+        return dequantise(jax.tree.map(lambda leaf: rows(leaf, expert_index), stack), jnp.float32)
 
     def full(name, weights):
         held = slot[name]

@@ -2,6 +2,7 @@ import pytest
 
 from flex_jax.data.prompts import check_tokenizer, encode, encode_prompt, prompt_text
 from flex_jax.errors import InputError
+from flex_jax.tiny import CHECKPOINT
 
 RECORD = {"instruction": "Add them.", "context": "2 and 3", "response": "It is 5 — “five”.", "category": "maths"}
 LONG = {"instruction": "Sum up.", "context": "word " * 200, "response": "answer " * 100, "category": "x"}
@@ -80,6 +81,15 @@ def test_check_tokenizer(tokenizer):
     check_tokenizer(tokenizer, len(tokenizer))
     with pytest.raises(InputError, match=f"id {len(tokenizer) - 1}, and the embedding has {len(tokenizer) - 1} rows"):
         check_tokenizer(tokenizer, len(tokenizer) - 1)
+
+
+def test_check_tokenizer_wants_a_vocabulary(tmp_path):
+    """What transformers makes of a checkpoint directory without tokenizer files, without a word."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "config.json").write_text((CHECKPOINT / "config.json").read_text())
+    with pytest.raises(InputError, match="gives no tokens: its files are missing"):
+        check_tokenizer(AutoTokenizer.from_pretrained(tmp_path), 1024)
 
 
 def test_check_tokenizer_wants_an_end_of_sequence(tokenizer):

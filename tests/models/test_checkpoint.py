@@ -216,7 +216,7 @@ def test_what_is_no_directory_is_looked_up_on_the_hub(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not the name OWNER/MODEL of a Hub model"):
         find_checkpoint(tmp_path / "nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="no-one/no-model: no such directory.* run: hf download no-one/no-model"):
+    with pytest.raises(InputError, match="no-one/no-model: no such directory here.* run: hf download no-one/no-model"):
         find_checkpoint("no-one/no-model")
 
 

@@ -43,9 +43,9 @@ CASES = {
 NEW_TOKENS = 12
 
 
-def personalised(base, slot):
+def personalised(base, slot, quantisation=None):
     """The model of a checkpoint and a client's collections, adapters moved away from their start by noise."""
-    model, params = load_pretrained(base)
+    model, params = load_pretrained(base, quantisation=quantisation)
     config, experts = model.config, slot.experts
     keys = jax.random.split(jax.random.PRNGKey(5), 3)
     chosen = jax.random.permutation(keys[0], config.experts)[: config.moe_layers * experts]
@@ -182,6 +182,18 @@ def test_an_adapter_that_peft_wrote_is_read(case, ours, tmp_path):
     logits = real_logits(model, read)
     assert_logits(theirs, logits)
     assert np.abs(logits - ours["pretrained"]).max() > 0.05
+
+
+@pytest.mark.parametrize(("family", "slot"), [("qwen2_moe", LOW_RANK), ("deepseek_v2", FULL)])
+def test_a_quantised_backbone_is_exported_as_it_is_computed_with(family, slot, tmp_path):
+    (tmp_path / "base").mkdir()
+    oracles.make(family, 0, tmp_path / "base")
+    model, variables = personalised(tmp_path / "base", slot, quantisation="int4")
+    (tmp_path / "out").mkdir()
+    save_personalised(tmp_path / "out", tmp_path / "base", model, variables)
+    logits = real_logits(model, variables)
+    assert np.abs(logits - real_logits(model, personalised(tmp_path / "base", slot)[1])).max() > 0.05
+    assert_logits(load_personalised(tmp_path / "out"), logits)
 
 
 def test_a_family_that_transformers_lacks_keeps_its_own_code(tmp_path):
