@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from flex_jax.command import Parser, run_command
@@ -39,17 +40,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def whole_directory(out: Path):
-    """A directory beside `out` to write in, which becomes `out` when all is written and else is removed."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier crash
+    """A new directory beside `out` to write in, which becomes `out` when all is written and else is removed."""
+    partial = None
     try:
-        partial.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
         yield partial
+        partial.chmod(0o755)  # of a temporary directory it is the owner's alone
         partial.rename(out)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_format(wanted: str, client: str, name: str, family, *, lora: bool, slot: bool) -> None:

@@ -71,7 +71,7 @@ def load_backbone(config: ConfigDict) -> Backbone:
     model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # transformers does not check its files
         raise InputError(f"{path}: no usable tokenizer in the checkpoint directory ({error})") from error
     check_tokenizer(tokenizer, model.config.vocab_size)
     return Backbone(model.clone(remat=config.model.remat), params, tokenizer)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from flex_jax.config import default_config, for_method
+from flex_jax.config import default_config, for_method, validate
 from flex_jax.errors import InputError
 from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.federated.state import ClientState, Frozen, RoundState
+from flex_jax.methods import METHODS
 from flex_jax.models.decoder import Decoder
 from flex_jax.simulation import Backbone, adapter_config, any_round, load_backbone
 
@@ -38,6 +39,8 @@ def open_run(workdir: Path, method: str | None = None, seed: int | None = None) 
         if value is not None and value not in known:
             raise InputError(f"{name} {value}: the run in {workdir} has {', '.join(map(str, known))}")
     method = config.methods[0] if method is None else method
+    if method not in METHODS:
+        raise InputError(f"{workdir / 'config.json'}: unknown method {method!r}; known: {', '.join(sorted(METHODS))}")
     seed = config.seeds[0] if seed is None else seed
     name = f"{method}-seed{seed}"
     directory = workdir / "checkpoints" / name
@@ -50,7 +53,11 @@ def open_run(workdir: Path, method: str | None = None, seed: int | None = None) 
         return frozen.adapters, state
 
     with Checkpoints(directory) as checkpoints:
-        state = checkpoints.restore(jax.eval_shape(start, backbone.params)[1])
+        try:
+            state = checkpoints.restore(jax.eval_shape(start, backbone.params)[1])
+        except (KeyError, OSError, ValueError) as error:  # what orbax raises for lost files and for other shapes
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"{directory}: damaged, or not of the config.json beside it ({reason})") from error
     if state is None:
         raise InputError(f"{directory}: holds no finished round")
     frozen = Frozen(backbone.params, jax.jit(lambda params: start(params)[0])(backbone.params))
@@ -72,6 +79,7 @@ def read_config(workdir: Path) -> ConfigDict:
             config.update(held)
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not the config of a run of this version ({error})") from error
+    validate(config)
     return config
 
 
@@ -81,21 +89,25 @@ def _lists_to_tuples(values: dict) -> dict:
 
 def client_names(workdir: Path) -> list[str]:
     """The names of a run's clients, by number; empty ones before any of its methods has finished. Raises InputError as
-    `read_config`."""
+    `read_config`, and for a broken results.json."""
     clients = read_config(workdir).clients
     file = workdir / "results.json"
     if not file.is_file():
         return [""] * clients
-    return [client["name"] for client in json.loads(file.read_text(encoding="utf-8"))["runs"][0]["clients"]]
+    try:
+        return [client["name"] for client in json.loads(file.read_text(encoding="utf-8"))["runs"][0]["clients"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{file}: not the results of a run ({type(error).__name__}: {error})") from error
 
 
 def parse_client(text: str, names: list[str]) -> int | None:
-    """The number of the client of that number or name, or None for the word "shared". Raises InputError otherwise."""
+    """The number of the client of that number or else of that name, or None for the word "shared". Raises InputError
+    for what is neither, or the name of several."""
     if text == SHARED:
         return None
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    if text and text in names:
+    if text and names.count(text) == 1:
         return names.index(text)
     known = ", ".join(f"{number} ({name})" if name else str(number) for number, name in enumerate(names))
     raise InputError(f"client {text!r}: must be {SHARED} or one of {known}")

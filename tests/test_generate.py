@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -287,6 +288,24 @@ def test_a_bad_flag_gives_one_line_and_status_2(workdir, tmp_path, capsys, kind)
 def test_a_broken_config_of_the_run(tmp_path, capsys):
     write(tmp_path / "config.json", ["{"])
     assert_refused(["--workdir", tmp_path, *ONE], "config.json: broken JSON", capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"clients": 3}, "flex-seed0: damaged, or not of the config.json beside it"),
+        ("config.json", {"methods": []}, "config.methods is"),
+        ("config.json", {"methods": ["flox"]}, "unknown method 'flox'"),
+        ("config.json", {"rank": 3}, "not the config of a run of this version"),
+        ("results.json", {"runs": []}, "results.json: not the results of a run"),
+        ("checkpoints/flex-seed0/1/default/manifest.ocdbt", None, "flex-seed0: damaged"),
+    ],
+)
+def test_a_damaged_run_is_one_line(workdir, tmp_path, capsys, file, change, words):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    text = "" if change is None else json.dumps(json.loads((copy / file).read_text()) | change)
+    (copy / file).write_text(text)
+    assert_refused(["--workdir", copy, *ONE], words, capsys)
 
 
 def assert_refused(command, words, capsys):

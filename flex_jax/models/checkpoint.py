@@ -47,7 +47,7 @@ def find_checkpoint(path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise InputError(f"{path}: no such checkpoint directory, and not the name OWNER/MODEL of a Hub model")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED))
@@ -56,7 +56,7 @@ def find_checkpoint(path) -> Path:
             f"{path}: no such directory here, and if it is the name of a Hub model, that is not in the local cache and "
             f"the Hub cannot be reached; where it can, run: hf download {path}"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"{path}: no such directory, and the Hub does not give it: {error}") from error
 
 
@@ -66,15 +66,14 @@ def read_model_config(file: Path) -> ModelConfig:
         raise InputError(f"{file.parent}: not a checkpoint directory (no {file.name})")
     raw = read_json(file)
     name = raw.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{file}: model_type {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     try:
-        config, problems = read_config(FAMILIES[name], raw)
+        return read_config(FAMILIES[name], raw)
     except KeyError as error:
         raise InputError(f"{file}: key {error} is missing") from error
-    if problems:
-        raise InputError(f"{file}: not supported: {'; '.join(problems)}")
-    return config
+    except ValueError as error:
+        raise InputError(f"{file}: not supported: {error}") from error
 
 
 def load_pretrained(
@@ -152,8 +151,10 @@ def read_json(file: Path) -> dict:
     """The object in a JSON file. Raises InputError when it holds anything else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: broken JSON ({error})") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: not a JSON object")
     return value
@@ -164,12 +165,18 @@ def _open(directory: Path, stack) -> dict:
     names = [WEIGHTS]
     if (directory / INDEX).is_file():
         weight_map = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{directory / INDEX}: key 'weight_map' is missing")
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise InputError(f"{directory / INDEX}: {file!r} is not the name of a file beside it")
         names = sorted(set(weight_map.values()))
     files = {}
     for name in names:
-        files |= open_tensors(directory / name, stack)
+        opened = open_tensors(directory / name, stack)
+        if twice := sorted(files.keys() & opened.keys()):
+            raise InputError(f"{directory / name}: tensor {twice[0]} is in another file of the checkpoint too")
+        files |= opened
     return files
 
 
@@ -179,8 +186,8 @@ def open_tensors(file: Path, stack: contextlib.ExitStack) -> dict:
         raise InputError(f"{file}: missing weights file")
     try:
         opened = stack.enter_context(safe_open(file, framework="np"))
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error})") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a whole safetensors file that can be read ({error})") from error
     return dict.fromkeys(opened.keys(), opened)
 
 

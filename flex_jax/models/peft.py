@@ -34,6 +34,12 @@ PLAIN = {
     "fan_in_fan_out": (False,),
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
+    "layers_to_transform": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "loftq_config": ({}, None),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others change W as they start
 }
 

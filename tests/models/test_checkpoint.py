@@ -86,8 +86,21 @@ def test_a_missing_or_truncated_shard_is_named(directory, shards):
     shards[1].unlink()
     with pytest.raises(InputError, match=f"{shards[1].name}: missing weights file"):
         load_pretrained(directory)
-    (directory / INDEX).write_text("{}")
-    with pytest.raises(InputError, match="'weight_map' is missing"):
+    for index, words in (
+        ({}, "'weight_map' is missing"),
+        ({"weight_map": {"model.norm.weight": 3}}, "3 is not the name of a file beside it"),
+        ({"weight_map": {"model.norm.weight": "../other.safetensors"}}, "other.safetensors' is not the name of a file"),
+    ):
+        (directory / INDEX).write_text(json.dumps(index))
+        with pytest.raises(InputError, match=words):
+            load_pretrained(directory)
+
+
+def test_a_tensor_in_two_shards_is_named(directory, shards):
+    tensors = load_file(shards[1])
+    name = sorted(load_file(shards[0]))[0]
+    save_file(tensors | {name: np.zeros(1, np.float32)}, shards[1])
+    with pytest.raises(InputError, match=f"tensor {name} is in another file of the checkpoint too"):
         load_pretrained(directory)
 
 
@@ -258,13 +271,26 @@ def test_missing_and_broken_files(tmp_path, directory):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}, "rope_parameters": None}, "rope scaling 'su'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"hidden_size": "sixteen"}, "hidden_size 'sixteen' .only an integer of at least 0"),
+        ({"hidden_size": "sixteen"}, "hidden_size 'sixteen' .only an integer from 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0 .only an integer from 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 .only an integer from 1 to 1000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan .only a number above 0"),
+        ({"model_type": ["qwen2_moe"]}, "model_type .'qwen2_moe'. is not supported"),
+        ({"rope_parameters": [1]}, "rope_parameters .1. .only one object"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "only one object"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "four"}}, "factor 'four' .only a number above 0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": -1}}, "factor -1 .only a number above 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1}}, "rope_theta 1.0 .only a number above 1"),
         ({"num_experts_per_tok": 7}, "7 experts a token of 6"),
         ({"num_key_value_heads": 3}, "4 query heads over 3 key-value heads"),
         ({"model_type": "mixtral", "num_local_experts": 6, "intermediate_size": 8, "sliding_window": 64}, "sliding"),
         ({"model_type": "olmoe", "intermediate_size": 8, "clip_qkv": 8.0}, "clip_qkv 8.0"),
         (DEEPSEEK | {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' .only 'greedy' or 'group_limited_greedy'"),
         (DEEPSEEK | {"norm_topk_prob": True}, "norm_topk_prob True"),
+        (DEEPSEEK | {"first_k_dense_replace": 3}, "3 layers without experts of 3"),
+        (DEEPSEEK | {"n_shared_experts": "2"}, "n_shared_experts '2' .only an integer"),
+        (DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": "2", "topk_group": 1}, "only integers"),
         (
             DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
             "6 experts in 4 groups, 2 of them a token",

@@ -13,7 +13,10 @@ ONLY = {"attention_bias": (False,), "moe_layer_freq": (1,), "scoring_func": ("so
 
 def read_shared_experts(raw: dict) -> dict:
     """The shared experts are held as one, which is the same function."""
-    return {"shared_expert_width": (raw.get("n_shared_experts") or 0) * raw["moe_intermediate_size"]}
+    experts = raw.get("n_shared_experts") or 0
+    if type(experts) is not int or not 0 <= experts < 1000:
+        raise ValueError(f"n_shared_experts {experts!r} (only an integer of at least 0)")
+    return {"shared_expert_width": experts * raw["moe_intermediate_size"]}
 
 
 def write_shared_experts(config) -> dict:

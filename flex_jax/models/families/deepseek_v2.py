@@ -7,6 +7,8 @@ from flex_jax.models.families.family import Family, Key
 def read(raw: dict) -> dict:
     """Groups count only where the method of choice is group-limited."""
     grouped = raw.get("topk_method") == "group_limited_greedy"
+    if grouped and not all(type(raw[key]) is int for key in ("n_group", "topk_group")):
+        raise ValueError(f"n_group {raw['n_group']!r}, topk_group {raw['topk_group']!r} (only integers)")
     groups = {"expert_groups": raw["n_group"], "groups_per_token": raw["topk_group"]} if grouped else {}
     return deepseek.read_shared_experts(raw) | groups
 

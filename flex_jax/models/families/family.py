@@ -9,7 +9,12 @@ from flex_jax.models.families.rope import read_rope, write_rope
 from flex_jax.models.tensors import Tensor
 
 REQUIRED = object()
-KINDS = {int: "an integer of at least 0", float: "a number of at least 0", bool: "true or false"}
+VALUES = {  # what a number may be; far beyond any model the file is broken, and its tensors are not worth listing
+    int: ("an integer from 1 to 1000000", lambda value: 1 <= value <= 10**6),
+    "count": ("an integer from 0 to 1000000", lambda value: 0 <= value <= 10**6),  # of what a model may lack
+    float: ("a number above 0", lambda value: 0 < value < 1e6),
+    bool: ("true or false", lambda value: True),
+}
 DISK_NAMES = {"kv_a_proj": "kv_a_proj_with_mqa"}  # of projections, where they are not ours
 
 
@@ -50,10 +55,10 @@ COMMON = {
 ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
 
 
-def read_config(family: Family, raw: dict) -> tuple[ModelConfig | None, list[str]]:
-    """The ModelConfig of a config.json, or None and what in it is wrong or not supported.
+def read_config(family: Family, raw: dict) -> ModelConfig:
+    """The ModelConfig of a config.json.
 
-    Raises KeyError for a needed key that is missing.
+    Raises KeyError for a needed key that is missing, ValueError naming all that is wrong or not supported.
     """
     fields = {"family": family.model_type, **family.constants}
     problems = [
@@ -68,25 +73,34 @@ def read_config(family: Family, raw: dict) -> tuple[ModelConfig | None, list[str
             raise KeyError(key.name)
         kind = ModelConfig.__annotations__[field]
         fields[field] = float(value) if kind is float and type(value) is int else value
-        if type(fields[field]) is not kind or fields[field] < 0:
-            problems.append(f"{key.name} {value!r} (only {KINDS[kind]})")
+        words, accepts = VALUES["count" if kind is int and key.default == 0 else kind]
+        if type(fields[field]) is not kind or not accepts(fields[field]):
+            problems.append(f"{key.name} {value!r} (only {words})")
     if problems:
-        return None, problems
+        raise ValueError("; ".join(problems))
     fields |= family.read(raw)
     latent = bool(fields.get("latent_rank"))
-    fields["rope"], problems = read_rope(raw, family.default_theta, latent=latent)
+    fields["rope"] = read_rope(raw, family.default_theta, latent=latent)
     fields["kv_heads"] = fields["kv_heads"] or fields["heads"]
     if not latent:
         fields["head_dim"] = fields.get("head_dim") or fields["width"] // fields["heads"]
     config = ModelConfig(**fields)
-    if config.experts_per_token > config.experts:
-        problems.append(f"{config.experts_per_token} experts a token of {config.experts}")
-    if config.heads % config.kv_heads:
-        problems.append(f"{config.heads} query heads over {config.kv_heads} key-value heads")
-    groups, best = config.expert_groups, config.groups_per_token
-    if groups and (config.experts % groups or not 0 < best <= groups):
-        problems.append(f"{config.experts} experts in {groups} groups, {best} of them a token")
-    return config, problems
+    if problem := _contradiction(config):
+        raise ValueError(problem)
+    return config
+
+
+def _contradiction(c: ModelConfig) -> str | None:
+    """The first pair of numbers that do not go together."""
+    if c.dense_layers >= c.layers:
+        return f"{c.dense_layers} layers without experts of {c.layers}"
+    if c.experts_per_token > c.experts:
+        return f"{c.experts_per_token} experts a token of {c.experts}"
+    if c.heads % c.kv_heads:
+        return f"{c.heads} query heads over {c.kv_heads} key-value heads"
+    if c.expert_groups and (c.experts % c.expert_groups or not 0 < c.groups_per_token <= c.expert_groups):
+        return f"{c.experts} experts in {c.expert_groups} groups, {c.groups_per_token} of them a token"
+    return None
 
 
 def write_config(family: Family, config: ModelConfig) -> dict:

@@ -4,44 +4,59 @@ import math
 
 from flex_jax.models.config import Rope
 
+KINDS = ("default", "linear", "dynamic", "yarn")
 
-def read_rope(raw: dict, default_theta: float, *, latent: bool) -> tuple[Rope, list[str]]:
-    """The Rope of a config.json, and what in it is not supported (empty if nothing). Raises KeyError as `read_config`.
 
-    latent: attention scores are scaled too, as DeepSeek-V2 does.
+def read_rope(raw: dict, default_theta: float, *, latent: bool) -> Rope:
+    """The Rope of a config.json. latent: attention scores are scaled too, as DeepSeek-V2 does.
+
+    Raises KeyError for a needed key that is missing, ValueError for what is wrong or not supported.
     """
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise ValueError(f"rope_parameters {given!r} (only one object of numbers and names)")
     kind = given.get("rope_type", given.get("type", "default"))
-    theta = float(given.get("rope_theta") or raw.get("rope_theta") or default_theta)
-    if (given.get("partial_rotary_factor") or 1.0) != 1.0 or (raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        return Rope(theta), ["partial_rotary_factor (only 1.0)"]
-    if kind == "default":
-        return Rope(theta), []
-    if kind not in ("linear", "dynamic", "yarn"):
-        return Rope(theta), [f"rope scaling {kind!r} (only 'default', 'linear', 'dynamic', 'yarn')"]
+    if kind not in KINDS:
+        raise ValueError(f"rope scaling {kind!r} (only {', '.join(map(repr, KINDS))})")
+    if {given.get("partial_rotary_factor"), raw.get("partial_rotary_factor")} - {None, 1.0}:
+        raise ValueError("partial_rotary_factor (only 1.0)")
+    theta = _number(given, "rope_theta", _number(raw, "rope_theta", default_theta))
+    if theta <= 1:
+        raise ValueError(f"rope_theta {theta!r} (only a number above 1)")
     longest = raw["max_position_embeddings"]
+    if kind == "default":
+        return Rope(theta)
     if kind != "yarn":
-        return Rope(theta, kind, float(given["factor"]), longest if kind == "dynamic" else 0), []
-    trained = given.get("original_max_position_embeddings") or longest
-    factor = float(given.get("factor") or longest / trained)
-    mscale, mscale_all = given.get("mscale"), given.get("mscale_all_dim")
-    attention_factor = given.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = _mscale(factor, 1.0)
-        if mscale and mscale_all:
-            attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all)
-    rope = Rope(
+        return Rope(theta, kind, _number(given, "factor"), longest if kind == "dynamic" else 0)
+    trained = int(_number(given, "original_max_position_embeddings", longest))
+    factor = _number(given, "factor", longest / trained)
+    mscale, mscale_all = (_number(given, key, 0.0) for key in ("mscale", "mscale_all_dim"))
+    inferred = _mscale(factor, 1.0)
+    if mscale and mscale_all:
+        inferred = _mscale(factor, mscale) / _mscale(factor, mscale_all)
+    return Rope(
         theta,
         kind,
         factor,
         trained,
-        beta_fast=float(given.get("beta_fast") or 32.0),
-        beta_slow=float(given.get("beta_slow") or 1.0),
-        truncate=given.get("truncate", True),
-        attention_factor=float(attention_factor),
-        softmax_mscale=float(mscale_all or 0.0) if latent and factor > 1 else 0.0,
+        beta_fast=_number(given, "beta_fast", 32.0),
+        beta_slow=_number(given, "beta_slow", 1.0),
+        truncate=given.get("truncate", True) is not False,
+        attention_factor=_number(given, "attention_factor", inferred),
+        softmax_mscale=mscale_all if latent and factor > 1 else 0.0,
     )
-    return rope, []
+
+
+def _number(given: dict, key: str, default: float | None = None) -> float:
+    """A number of the config, or the default for none. Raises ValueError unless it is above 0 and finite."""
+    value = given.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise KeyError(key)
+    if type(value) not in (int, float) or not 0 < value < 1e9:
+        raise ValueError(f"{key} {value!r} (only a number above 0)")
+    return float(value)
 
 
 def _mscale(factor: float, mscale: float) -> float:
