@@ -126,7 +126,7 @@ def test_a_directory_in_use_is_left_alone(workdir, tmp_path, capsys):
 
 
 def test_nothing_is_half_written(workdir, tmp_path, monkeypatch, capsys):
-    """A full disk while the last file is copied; then what a crash left behind is cleared away."""
+    """A full disk while the last file is copied. A directory of another's with a like name stays as it is."""
 
     def full_disk(*paths):
         raise OSError(28, "No space left on device")
@@ -136,9 +136,10 @@ def test_nothing_is_half_written(workdir, tmp_path, monkeypatch, capsys):
         assert_refused(workdir, tmp_path / "out", ("--format", "hf"), "No space left", capsys)
     assert names(tmp_path) == set()
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial/part-0").write_text("of a crash")
+    (tmp_path / "out.partial/part-0").write_text("another's")
     assert run_export(workdir, tmp_path / "out") == 0
-    assert names(tmp_path) == {"out"} and names(tmp_path / "out") == {"adapter_config.json", ADAPTER}
+    assert names(tmp_path) == {"out", "out.partial"} and names(tmp_path / "out.partial") == {"part-0"}
+    assert names(tmp_path / "out") == {"adapter_config.json", ADAPTER}
 
 
 def test_families_without_a_class_in_transformers(tmp_path):
