@@ -25,9 +25,10 @@ from flex_jax.data.batches import Batch
 from flex_jax.federated.plan import size
 from flex_jax.federated.round import make_round
 from flex_jax.main import load, override
+from flex_jax.methods import METHODS
 from flex_jax.models.checkpoint import empty_params, read_model_config
 from flex_jax.models.decoder import Decoder
-from flex_jax.simulation import Backbone, adapter_config, any_round, describe
+from flex_jax.simulation import Backbone, adapter_config, any_round, describe, method_settings
 
 
 def random_params(shapes: dict) -> dict:
@@ -72,6 +73,9 @@ def main(arguments: list[str] | None = None) -> dict:
     frozen, state = any_round(config, backbone, known.method, jax.random.PRNGKey(0))
     round_fn = make_round(
         model,
+        METHODS[known.method].rules,
+        method_settings(config),
+        clients=config.clients,
         rounds=config.rounds,
         learning_rate=config.optimizer.learning_rate,
         final_learning_rate=config.optimizer.final_learning_rate,

@@ -114,12 +114,19 @@ SCHEMA = {
     "optimizer.final_learning_rate": Key(1e-6, _NOT_NEGATIVE, "learning rate of the last round, along a cosine"),
     "optimizer.weight_decay": Key(0.0, _NOT_NEGATIVE, "AdamW weight decay"),
     "optimizer.clip_norm": Key(1.0, _POSITIVE, "largest global norm of a step's gradient"),
+    "client.proximal_mu": Key(0.01, _NOT_NEGATIVE, "FedProx: pull of the received weights on a client"),
+    "server.weighting": Key("examples", _one_of("examples", "uniform"), "how the server weighs a cohort's clients"),
+    "server.learning_rate": Key(1e-3, _POSITIVE, "FedAdagrad, FedAdam, FedYogi: eta"),
+    "server.tau": Key(1e-3, _POSITIVE, "FedAdagrad, FedAdam, FedYogi: adaptivity; its square starts v"),
+    "server.beta1": Key(0.9, _PROBABILITY, "FedAvgM, FedAdam, FedYogi: momentum"),
+    "server.beta2": Key(0.99, _PROBABILITY, "FedAdam, FedYogi: decay of the second moment"),
     "evaluation.max_new_tokens": Key(256, _at_least(1), "most tokens generated for an answer"),
     "evaluation.batch_size": Key(8, _at_least(1), "examples evaluated at once"),
     "evaluation.every": Key(0, _at_least(0), "rounds between evaluations of the loss; 0 is only at the end"),
 }
+OVERRIDABLE_SECTIONS = ("lora", "slot", "optimizer", "client", "server")
 SECTIONS = tuple(dict.fromkeys(key.split(".")[0] for key in SCHEMA if "." in key))
-OVERRIDABLE = {key: entry for key, entry in SCHEMA.items() if key.startswith(("lora.", "slot.", "optimizer."))}
+OVERRIDABLE = {key: entry for key, entry in SCHEMA.items() if key.split(".")[0] in OVERRIDABLE_SECTIONS}
 
 
 def default_config() -> ConfigDict:

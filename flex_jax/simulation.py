@@ -22,6 +22,7 @@ from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.federated.cohort import sample_cohort
 from flex_jax.federated.plan import plan
 from flex_jax.federated.round import make_round
+from flex_jax.federated.rules import Settings
 from flex_jax.federated.start import start
 from flex_jax.federated.state import Frozen, RoundState
 from flex_jax.grafting.selection import select
@@ -84,6 +85,14 @@ def adapter_config(config: ConfigDict) -> AdapterConfig:
     return AdapterConfig(lora, SlotConfig(config.slot.experts, config.slot.training, slot_lora, config.slot.gate_init))
 
 
+def method_settings(config: ConfigDict) -> Settings:
+    """The numbers that methods are configured with."""
+    server = config.server
+    return Settings(
+        config.client.proximal_mu, server.learning_rate, server.tau, server.beta1, server.beta2, server.weighting
+    )
+
+
 def prepare(config: ConfigDict, backbone: Backbone, name: str, chosen: np.ndarray | None, key: jax.Array) -> Run:
     """Round 0 of a method, `config` being its own. Raises InputError when config.lora.path is no fitting adapter."""
     adapters = adapter_config(config)
@@ -97,6 +106,8 @@ def prepare(config: ConfigDict, backbone: Backbone, name: str, chosen: np.ndarra
         chosen,
         clients=config.clients,
         key=key,
+        rules=METHODS[name].rules,
+        settings=method_settings(config),
         lora=lora,
     )
     return Run(model, frozen, state)
@@ -194,6 +205,9 @@ def train(
         optimizer = config.optimizer
         round_fn = make_round(
             model,
+            METHODS[method].rules,
+            method_settings(config),
+            clients=config.clients,
             rounds=config.rounds,
             learning_rate=optimizer.learning_rate,
             final_learning_rate=optimizer.final_learning_rate,

@@ -116,6 +116,6 @@ def parse_client(text: str, names: list[str]) -> int | None:
 def clients_of(trained: Trained, clients: list[int | None]) -> ClientState:
     """The rows of some clients, leading axis len(clients); of the shared model, whose client is None, no leaves."""
     if clients[0] is None:
-        return ClientState({}, {})
+        return ClientState({}, {}, {})
     rows = jax.numpy.array(clients)
     return jax.tree.map(lambda leaf: leaf[rows], trained.state.clients)

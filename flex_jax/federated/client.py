@@ -6,6 +6,7 @@ import optax
 
 from flex_jax.data.batches import Batch
 from flex_jax.federated.placement import merge
+from flex_jax.federated.rules import ClientRule, Received
 from flex_jax.federated.state import ClientState, ClientUpdate, Frozen
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.objective import response_loss
@@ -17,25 +18,25 @@ def collections(frozen: Frozen, shared: dict, client: ClientState) -> dict:
     return {"params": frozen.params, "adapters": adapters, "grafts": client.grafts}
 
 
-def local_optimizer(learning_rate, *, weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
-    """AdamW behind clipping by the joint norm of all that the client trains. Moments start anew every round."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm), optax.adamw(learning_rate, weight_decay=weight_decay)
-    )
-
-
 def client_round(
     model: Decoder,
-    optimizer: optax.GradientTransformation,
+    rule: ClientRule,
+    received: Received,
     frozen: Frozen,
-    shared: dict,
     client: ClientState,
     batches: Batch,
-    num_examples: jax.Array,
     key: jax.Array,
+    *,
+    weight_decay: float,
+    clip_norm: float,
 ) -> ClientUpdate:
-    """Train one client from the server's `shared` tree on batches [steps, B, S]; the mean loss of a step is over its
-    response tokens. Metrics: train_loss (nats a token, mean over steps), grad_norm (before clipping), tokens."""
+    """Train one client from what it received on batches [steps, B, S]; the mean loss of a step is over its response
+    tokens. AdamW, whose moments start anew every round, behind clipping by the joint norm of all that the client
+    trains; `rule` says what the method changes. Metrics: train_loss (nats a token) and grad_norm (before clipping and
+    the method's corrections), means over steps."""
+    shared = received.download["shared"]
+    adamw = optax.adamw(received.learning_rate, weight_decay=weight_decay)
+    optimizer = rule.optimizer(received, optax.clip_by_global_norm(clip_norm), adamw)
 
     def loss(trained, batch, step_key):
         variables = collections(frozen, trained["shared"], client._replace(personal=trained["personal"]))
@@ -51,9 +52,9 @@ def client_round(
     start = {"shared": shared, "personal": client.personal}
     step_keys = jax.random.split(key, batches.tokens.shape[0])
     (trained, _), (losses, norms) = jax.lax.scan(step, (start, optimizer.init(start)), (batches, step_keys))
+    beside, kept = rule.finish(received, trained["shared"])
     return ClientUpdate(
-        delta=jax.tree.map(jnp.subtract, trained["shared"], shared),
-        num_examples=num_examples,
-        state=client._replace(personal=trained["personal"]),
+        upload={"delta": jax.tree.map(jnp.subtract, trained["shared"], shared), **beside},
+        state=client._replace(personal=trained["personal"], kept=kept),
         metrics={"train_loss": losses.mean(), "grad_norm": norms.mean()},
     )

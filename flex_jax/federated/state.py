@@ -14,6 +14,7 @@ class Frozen(NamedTuple):
 
 class ServerState(NamedTuple):
     shared: dict
+    kept: dict  # what a method's server keeps beside it: moments, control variates
 
 
 class ClientState(NamedTuple):
@@ -21,13 +22,13 @@ class ClientState(NamedTuple):
 
     personal: dict
     grafts: dict  # which pretrained experts its slots came from; int32, fixed
+    kept: dict  # what a method's client keeps beside them: control variates
 
 
 class ClientUpdate(NamedTuple):
-    """What comes out of one client's round. The server is handed `delta` and `num_examples`, nothing else."""
+    """What comes out of one client's round. The server is handed `upload` and the number of examples, nothing else."""
 
-    delta: dict  # trained shared - received shared
-    num_examples: jax.Array  # [] training examples the client has
+    upload: dict  # "delta", trained shared - received shared, and what the method sends beside it
     state: ClientState
     metrics: dict[str, jax.Array]
 

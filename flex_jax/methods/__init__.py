@@ -1,12 +1,18 @@
-"""The federated methods, by name: one file and one line each."""
+"""The federated methods, by name: one line each."""
 
-from flex_jax.methods import fedavg, flex, local
+from flex_jax.methods import fedavg, fedopt, fedprox, flex, local, scaffold
 from flex_jax.methods.method import Method
 
 METHODS: dict[str, Method] = {
+    "fedadagrad": fedopt.FEDADAGRAD,
+    "fedadam": fedopt.FEDADAM,
     "fedavg": fedavg.METHOD,
+    "fedavgm": fedopt.FEDAVGM,
+    "fedprox": fedprox.METHOD,
+    "fedyogi": fedopt.FEDYOGI,
     "flex": flex.METHOD,
     "local": local.METHOD,
+    "scaffold": scaffold.METHOD,
 }
 
 __all__ = ["METHODS", "Method"]

@@ -2,4 +2,4 @@
 
 from flex_jax.methods.method import Method
 
-METHOD = Method(placement=((r".*", "shared"),), personal_slot=False)
+METHOD = Method(placement=((r".*", "shared"),))

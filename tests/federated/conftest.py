@@ -7,6 +7,7 @@ import pytest
 
 from flex_jax.data.batches import Batch
 from flex_jax.federated.round import make_round
+from flex_jax.federated.rules import DEFAULTS
 from flex_jax.federated.start import start
 from flex_jax.methods import METHODS
 
@@ -28,6 +29,7 @@ def prepared(model, model_config, params):
             chosen if method.personal_slot else None,
             clients=N,
             key=jax.random.PRNGKey(7),
+            rules=method.rules,
         )
 
     return prepare
@@ -49,20 +51,29 @@ def examples():
 
 
 @pytest.fixture(scope="session")
-def round_fn(model):
-    return make_round(
-        model, rounds=5, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0
-    )
+def round_of(model):
+    """name, and settings of make_round in the place of these -> round function, one for each method."""
+    made = {}
+
+    def make(name, settings=DEFAULTS, model=model, **changes):
+        numbers = dict(rounds=5, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
+        numbers |= changes
+        key = (name, settings, model, *sorted(numbers.items()))
+        if key not in made:
+            made[key] = make_round(model, METHODS[name].rules, settings, clients=N, **numbers)
+        return made[key]
+
+    return make
 
 
 @pytest.fixture
-def one_round(round_fn, batches, examples):
-    """(frozen, state, cohort) -> (state, metrics), on the cohort's own batches."""
+def one_round(round_of, batches, examples):
+    """(name, frozen, state, cohort) -> (state, metrics), on the cohort's own batches."""
 
-    def run(frozen, state, cohort=tuple(range(N))):
+    def run(name, frozen, state, cohort=tuple(range(N)), **changes):
         cohort = np.array(cohort, np.int32)
         own = Batch(*(leaf[cohort] for leaf in batches))
         fresh = jax.tree.map(jnp.copy, state)  # the round donates its state
-        return round_fn(frozen, fresh, own, cohort, examples[cohort])
+        return round_of(name, **changes)(frozen, fresh, own, cohort, examples[cohort])
 
     return run

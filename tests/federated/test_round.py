@@ -13,6 +13,7 @@ from flex_jax import load_pretrained
 from flex_jax.federated import round as round_module
 from flex_jax.federated.placement import merge
 from flex_jax.federated.round import cosine, make_round
+from flex_jax.federated.rules import Rules, Settings
 from flex_jax.federated.start import start
 from flex_jax.methods import METHODS
 from flex_jax.models.checkpoint import save_pretrained
@@ -55,10 +56,10 @@ def plain_client(model, params, shared, personal, batches, learning_rate):
     return trained, np.mean(losses)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["fedavg", "flex", "local"])
 def test_a_round_equals_a_loop_over_clients(name, prepared, one_round, model, params, batches, examples):
     frozen, state = prepared(name)
-    after, metrics = one_round(frozen, state)
+    after, metrics = one_round(name, frozen, state)
     shared, personal, losses = [], [], []
     for client in range(len(examples)):
         own = jax.tree.map(lambda leaf, c=client: leaf[c], state.clients.personal)
@@ -84,7 +85,7 @@ def test_a_quantised_round_is_one_on_its_values(kind, training, params, model, b
     adapters = replace(model.adapters, slot=slot)
     model = model.clone(adapters=adapters, remat=True)
     settings = dict(rounds=5, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
-    round_fn = make_round(model, **settings)
+    round_fn = make_round(model, Rules(), Settings(), clients=4, **settings)
     chosen = np.arange(4 * model.config.layers).reshape(4, -1, 1) % model.config.experts
     after = []
     for backbone in (held, jax.tree.map(dequantise, held, is_leaf=lambda leaf: isinstance(leaf, Quantised))):
@@ -102,48 +103,49 @@ def test_the_server_receives_the_shared_tree_and_counts_only(name, prepared, mod
     handed = []
 
     def spy(*arguments):
-        handed.append(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments))
+        handed.append(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments[3:]))  # after rules and numbers
         return aggregate(*arguments)
 
     aggregate = round_module.aggregate
     monkeypatch.setattr(round_module, "aggregate", spy)
-    round_fn = make_round(
-        model, rounds=1, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0
-    )
+    numbers = dict(rounds=1, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0)
+    round_fn = make_round(model, METHODS[name].rules, Settings(), clients=4, **numbers)
     jax.eval_shape(round_fn, frozen, state, batches, np.arange(4, dtype=np.int32), examples)
-    ((server, deltas, counts),) = handed
+    ((server, uploads, counts),) = handed
     assert server.shared == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state.server.shared)
-    assert deltas == jax.tree.map(lambda leaf: ((4, *leaf.shape), leaf.dtype), state.server.shared)
+    shared = jax.tree.map(lambda leaf: ((4, *leaf.shape), leaf.dtype), state.server.shared)
+    beside = {"scaffold": {"control": shared}}
+    assert uploads == {"delta": shared} | beside.get(name, {})
     assert counts == ((4,), np.float32)
 
 
 def test_bytes_are_those_of_the_arrays_handed_over(prepared, one_round):
-    for name, shared in (("flex", True), ("fedavg", True), ("local", False)):
+    for name, shared in (("flex", 1), ("fedavg", 1), ("local", 0), ("scaffold", 2), ("fedadam", 1)):
         frozen, state = prepared(name)
-        _, metrics = one_round(frozen, state)
-        expected = sum(leaf.nbytes for leaf in jax.tree.leaves(state.server.shared))
-        assert (expected > 0) == shared
+        _, metrics = one_round(name, frozen, state)
+        expected = shared * sum(leaf.nbytes for leaf in jax.tree.leaves(state.server.shared))
+        assert (expected > 0) == (shared > 0)
         assert int(metrics["server"]["upload_bytes"]) == int(metrics["server"]["download_bytes"]) == expected
 
 
-@pytest.mark.parametrize("name", ["flex", "local"])
+@pytest.mark.parametrize("name", ["flex", "local", "scaffold"])
 def test_clients_outside_the_cohort_are_untouched_bit_for_bit(name, prepared, one_round):
     frozen, state = prepared(name)
-    after, _ = one_round(frozen, state, cohort=(0, 2))
+    after, _ = one_round(name, frozen, state, cohort=(0, 2))
     for before, now in zip(jax.tree.leaves(state.clients), jax.tree.leaves(after.clients), strict=True):
         np.testing.assert_array_equal(before[1], now[1])
         np.testing.assert_array_equal(before[3], now[3])
     changed = [
         (a[0] != b[0]).any()
-        for a, b in zip(jax.tree.leaves(state.clients.personal), jax.tree.leaves(after.clients.personal), strict=True)
+        for a, b in zip(jax.tree.leaves(state.clients), jax.tree.leaves(after.clients), strict=True)
     ]
     assert any(changed)
 
 
 def test_a_client_trains_alike_whoever_else_takes_part(prepared, one_round):
     frozen, state = prepared("local")
-    alone, _ = one_round(frozen, state, cohort=(2,))
-    together, _ = one_round(frozen, state)
+    alone, _ = one_round("local", frozen, state, cohort=(2,))
+    together, _ = one_round("local", frozen, state)
     third = [jax.tree.map(lambda leaf: leaf[2], after.clients.personal) for after in (alone, together)]
     assert_trees_close(*third)
 
@@ -151,25 +153,26 @@ def test_a_client_trains_alike_whoever_else_takes_part(prepared, one_round):
 def test_one_client_of_fedavg_is_that_client(prepared, one_round):
     """With a cohort of one the mean is its own adapters: FedAvg and Local train the same."""
     frozen, state = prepared("fedavg")
-    fedavg, _ = one_round(frozen, state, cohort=(1,))
-    local, _ = one_round(*prepared("local"), cohort=(1,))
+    fedavg, _ = one_round("fedavg", frozen, state, cohort=(1,))
+    local, _ = one_round("local", *prepared("local"), cohort=(1,))
     assert_trees_close(fedavg.server.shared, jax.tree.map(lambda leaf: leaf[1], local.clients.personal))
 
 
-def test_one_compilation_serves_all_rounds(prepared, round_fn, one_round):
-    frozen, state = prepared("flex")
-    before = round_fn._cache_size()
+@pytest.mark.parametrize("name", METHODS)
+def test_one_compilation_serves_all_rounds(name, prepared, round_of, one_round):
+    frozen, state = prepared(name)
+    before = round_of(name)._cache_size()
     for _ in range(3):
-        state, _ = one_round(frozen, state)
+        state, _ = one_round(name, frozen, state)
     assert int(state.round) == 3
-    assert round_fn._cache_size() - before <= 1
+    assert round_of(name)._cache_size() - before <= 1
 
 
 def test_the_learning_rate_follows_a_cosine_over_rounds(prepared, one_round):
     frozen, state = prepared("fedavg")
     rates = []
     for _ in range(3):
-        state, metrics = one_round(frozen, state)
+        state, metrics = one_round("fedavg", frozen, state)
         rates.append(float(metrics["server"]["learning_rate"]))
     expected = [1e-3 + 0.5 * 9e-3 * (1 + np.cos(np.pi * r / 5)) for r in range(3)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
@@ -179,9 +182,8 @@ def test_dropout_is_drawn_anew_in_every_round_and_the_same_again(prepared, model
     """The same state and batches at a constant rate: only the number of the round tells one call from another."""
     lora = replace(model.adapters.lora, dropout=0.5)
     dropping = model.clone(adapters=replace(model.adapters, lora=lora))
-    round_fn = make_round(
-        dropping, rounds=5, learning_rate=1e-2, final_learning_rate=1e-2, weight_decay=0.0, clip_norm=1.0
-    )
+    numbers = dict(rounds=5, learning_rate=1e-2, final_learning_rate=1e-2, weight_decay=0.0, clip_norm=1.0)
+    round_fn = make_round(dropping, Rules(), Settings(), clients=4, **numbers)
 
     def losses(number):
         frozen, state = prepared("fedavg")
@@ -193,10 +195,10 @@ def test_dropout_is_drawn_anew_in_every_round_and_the_same_again(prepared, model
     assert not np.array_equal(first, losses(1))
 
 
-def test_the_frozen_backbone_is_stored_once(prepared, round_fn, batches, examples, params):
+def test_the_frozen_backbone_is_stored_once(prepared, round_of, batches, examples, params):
     """The compiled round holds no second copy of the backbone per client: its scratch does not grow by one."""
     frozen, state = prepared("flex")
-    compiled = round_fn.lower(frozen, state, batches, np.arange(4, dtype=np.int32), examples).compile()
+    compiled = round_of("flex").lower(frozen, state, batches, np.arange(4, dtype=np.int32), examples).compile()
     for name in ("gate_up", "down"):
         shape = params["layers"]["moe"][name].shape
         for axes in ((4, *shape), (4, *shape[1:])):  # of all layers, or of one

@@ -25,7 +25,7 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit(tmp_path, name, prepared, 
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(state) is None
         for _ in range(2):
-            state, _ = one_round(frozen, state)
+            state, _ = one_round(name, frozen, state)
             checkpoints.save(state)
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(prepared(name)[1])
