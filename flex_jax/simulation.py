@@ -133,6 +133,8 @@ def describe(config: ConfigDict, backbone: Backbone, name: str) -> dict:
         backbone.model.config,
         frozen,
         state,
+        METHODS[name].rules,
+        method_settings(own),
         cohort=cohort,
         batch=own.batch_size,
         sequence=own.sequence_length,

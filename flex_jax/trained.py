@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from flex_jax.config import default_config, for_method, validate
@@ -114,8 +115,14 @@ def parse_client(text: str, names: list[str]) -> int | None:
 
 
 def clients_of(trained: Trained, clients: list[int | None]) -> ClientState:
-    """The rows of some clients, leading axis len(clients); of the shared model, whose client is None, no leaves."""
+    """The rows of some clients, leading axis len(clients); of the shared model, whose client is None, no leaves.
+
+    Raises InputError for the shared model of a method that shares one half of its LoRA pairs.
+    """
     if clients[0] is None:
+        leaves = flatten_dict(trained.frozen.adapters) | flatten_dict(trained.state.server.shared)
+        if len({path[-1] for path in leaves} & {"lora_a", "lora_b"}) == 1:
+            raise InputError(f"client {SHARED}: {trained.name} shares a part of its adapters only; name a client")
         return ClientState({}, {}, {})
     rows = jax.numpy.array(clients)
     return jax.tree.map(lambda leaf: leaf[rows], trained.state.clients)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from flex_jax.federated.rules import DEFAULTS, FEDAVG, Rules, Settings, exchanged
 from flex_jax.federated.state import Frozen, RoundState
 from flex_jax.models.config import ModelConfig
 from flex_jax.ops.quantised import Quantised
@@ -35,9 +36,18 @@ def size(tree) -> int:
 
 
 def plan(
-    config: ModelConfig, frozen: Frozen, state: RoundState, *, cohort: int, batch: int, sequence: int, remat: bool
+    config: ModelConfig,
+    frozen: Frozen,
+    state: RoundState,
+    rules: Rules = FEDAVG,
+    settings: Settings = DEFAULTS,
+    *,
+    cohort: int,
+    batch: int,
+    sequence: int,
+    remat: bool,
 ) -> Plan:
-    """The plan of a run of `cohort` clients at a time with batches [batch, sequence].
+    """The plan of a run of `cohort` clients at a time with batches [batch, sequence]; rules, settings: of the method.
 
     Activations: the input of every layer; what a layer's backward pass needs (attention scores, the K + shared +
     personal hidden layers), for one layer with rematerialisation and for all of them without; one chunk of logits.
@@ -58,6 +68,8 @@ def plan(
     if isinstance(frozen.params["layers"]["moe"]["gate_up"], Quantised):  # the larger matrices of one layer, plain
         activations += c.experts * c.width * 2 * c.expert_width * itemsize
     client_bytes = 5 * trained_bytes
+    own = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients.kept)
+    upload, download = exchanged(rules, settings, state.server.shared, state.server.kept, own)
     return Plan(
         frozen=count(frozen),
         shared=count(state.server.shared),
@@ -66,6 +78,6 @@ def plan(
         client_bytes=client_bytes,
         activation_bytes=activations,
         peak_bytes=size(frozen) + size(state) + cohort * client_bytes + activations,
-        upload_bytes=size(state.server.shared),
-        download_bytes=size(state.server.shared),
+        upload_bytes=size(upload),
+        download_bytes=size(download),
     )

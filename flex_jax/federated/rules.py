@@ -81,6 +81,17 @@ class Rules(NamedTuple):
     server: ServerRule = ServerRule()
 
 
+def exchanged(rules: Rules, settings: Settings, shared: dict, kept: dict, own: dict) -> tuple[dict, dict]:
+    """(upload, download) of one client in a round, as shapes; kept, own: what server and client keep."""
+    download = {"shared": shared, **rules.server.broadcast(kept)}
+
+    def beside(download, own, trained):
+        received = Received(download, own, jnp.float32(1.0), 1, settings)
+        return rules.client.finish(received, trained)[0]
+
+    return {"delta": shared, **jax.eval_shape(beside, download, own, shared)}, download
+
+
 FEDAVG, DEFAULTS = Rules(), Settings()
 
 

@@ -12,6 +12,7 @@ import pytest
 from flex_jax import load_pretrained
 from flex_jax.federated import round as round_module
 from flex_jax.federated.placement import merge
+from flex_jax.federated.plan import plan
 from flex_jax.federated.round import cosine, make_round
 from flex_jax.federated.rules import Rules, Settings
 from flex_jax.federated.start import start
@@ -21,6 +22,7 @@ from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.ops.experts import dense_experts
 from flex_jax.ops.quantised import Quantised, dequantise
+from tests.federated.conftest import B, S
 
 
 def assert_trees_close(ours, expected, bound=1e-5):
@@ -31,40 +33,40 @@ def assert_trees_close(ours, expected, bound=1e-5):
 
 
 @partial(jax.jit, static_argnums=0)
-def plain_gradients(model, params, trained, tokens, mask):
-    """Loss and gradients of (shared, personal) with dense experts and full logits."""
+def plain_gradients(model, params, fixed, trained, tokens, mask):
+    """Loss and gradients of (shared, personal) beside `fixed` adapters, with dense experts and full logits."""
 
     def loss(trained):
-        logits = model.apply({"params": params, "adapters": merge(*trained)}, tokens).logits[:, :-1]
+        logits = model.apply({"params": params, "adapters": merge(fixed, *trained)}, tokens).logits[:, :-1]
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return (entropy * mask[:, 1:]).sum() / mask[:, 1:].sum()
 
     return jax.value_and_grad(loss)(trained)
 
 
-def plain_client(model, params, shared, personal, batches, learning_rate):
+def plain_client(model, frozen, shared, personal, batches, learning_rate):
     """One client as a Python loop over its steps, every activation kept."""
     dense = Decoder(model.config, model.adapters, dense_experts, remat=False)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.1))
     trained, losses = (shared, personal), []
     opt_state = optimizer.init(trained)
     for tokens, mask in zip(*batches, strict=True):
-        value, gradients = plain_gradients(dense, params, trained, tokens, mask)
+        value, gradients = plain_gradients(dense, frozen.params, frozen.adapters, trained, tokens, mask)
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         losses.append(float(value))
     return trained, np.mean(losses)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "flex", "local"])
-def test_a_round_equals_a_loop_over_clients(name, prepared, one_round, model, params, batches, examples):
+@pytest.mark.parametrize("name", ["fedavg", "flex", "local", "ffa_lora", "fedsa_lora"])
+def test_a_round_equals_a_loop_over_clients(name, prepared, one_round, model, batches, examples):
     frozen, state = prepared(name)
     after, metrics = one_round(name, frozen, state)
     shared, personal, losses = [], [], []
     for client in range(len(examples)):
         own = jax.tree.map(lambda leaf, c=client: leaf[c], state.clients.personal)
         data = [leaf[client] for leaf in batches]
-        trained, loss = plain_client(model, params, state.server.shared, own, data, float(cosine(0, 5, 1e-2, 1e-3)))
+        trained, loss = plain_client(model, frozen, state.server.shared, own, data, float(cosine(0, 5, 1e-2, 1e-3)))
         shared.append(trained[0])
         personal.append(trained[1])
         losses.append(loss)
@@ -119,10 +121,15 @@ def test_the_server_receives_the_shared_tree_and_counts_only(name, prepared, mod
     assert counts == ((4,), np.float32)
 
 
-def test_bytes_are_those_of_the_arrays_handed_over(prepared, one_round):
+def test_bytes_are_those_of_the_arrays_handed_over(prepared, one_round, model):
     for name, shared in (("flex", 1), ("fedavg", 1), ("local", 0), ("scaffold", 2), ("fedadam", 1)):
         frozen, state = prepared(name)
         _, metrics = one_round(name, frozen, state)
+        shapes = dict(cohort=4, batch=B, sequence=S, remat=True)
+        planned = plan(model.config, frozen, state, METHODS[name].rules, Settings(), **shapes)
+        assert (planned.upload_bytes, planned.download_bytes) == tuple(
+            int(metrics["server"][f"{way}_bytes"]) for way in ("upload", "download")
+        )
         expected = shared * sum(leaf.nbytes for leaf in jax.tree.leaves(state.server.shared))
         assert (expected > 0) == (shared > 0)
         assert int(metrics["server"]["upload_bytes"]) == int(metrics["server"]["download_bytes"]) == expected
