@@ -41,9 +41,7 @@ class ClientRule(NamedTuple):
     """
 
     init: Callable[[dict], dict] = lambda shared: {}
-    optimizer: Callable[[Received, optax.GradientTransformation, optax.GradientTransformation], Callable] = (
-        lambda received, clip, adamw: optax.chain(clip, adamw)
-    )
+    optimizer: Callable[..., optax.GradientTransformation] = lambda received, clip, adamw: optax.chain(clip, adamw)
     finish: Callable[[Received, dict], tuple[dict, dict]] = lambda received, trained: ({}, received.state)
 
 
