@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict
 
 from flex_jax.config import validate
 from flex_jax.errors import InputError
-from flex_jax.federated.plan import count, size
+from flex_jax.federated.compression import tree_bytes
+from flex_jax.federated.plan import count
 from flex_jax.main import load, override
 from flex_jax.models.checkpoint import empty_params, read_model_config
 from flex_jax.models.decoder import Decoder
@@ -30,7 +31,7 @@ def parts(params: dict) -> list[tuple[str, int, int]]:
     rows = {}
     for path, leaf in flatten_dict(params, sep="/").items():
         name = path.removesuffix("/kernel").removesuffix("/scale")
-        rows[name] = (count(leaf), size(leaf))
+        rows[name] = (count(leaf), tree_bytes(leaf))
     return sorted(((name, *numbers) for name, numbers in rows.items()), key=lambda row: -row[2])
 
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, parameters, held in parts(shapes):
         bits = 8 * held / parameters
         print(f"{name:42} {human_count(parameters):>8} x {bits:6.3f} bit = {held / 1e9:8.4f} GB")
-    total = {"parameters": count(shapes), "backbone_gb": round(size(shapes) / 1e9, 3)}
+    total = {"parameters": count(shapes), "backbone_gb": round(tree_bytes(shapes) / 1e9, 3)}
     print(f"{'backbone':42} {human_count(total['parameters']):>8} {'':12} = {total['backbone_gb']:8.4f} GB\n")
     backbone = Backbone(Decoder(model, remat=config.model.remat), shapes, None)
     plans = [describe(config, backbone, name) for name in config.methods]

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from flex_jax import load_pretrained
 from flex_jax.experiment import run
-from flex_jax.federated.plan import size
+from flex_jax.federated.compression import tree_bytes
 from flex_jax.main import load, override
 from flex_jax.models.objective import response_loss
 from flex_jax.reporting.writers import read_metrics
@@ -46,7 +46,7 @@ def perplexity(kind: str, texts: int, seed: int, length: int = 128) -> tuple[flo
     loss = jax.jit(partial(response_loss, model))
     sums = [loss({"params": frozen}, tokens[i : i + 64], mask[i : i + 64]) for i in range(0, texts, 64)]
     total, count = np.asarray(sums, np.float64).sum(0)
-    return float(np.exp(total / count)), size(frozen)
+    return float(np.exp(total / count)), tree_bytes(frozen)
 
 
 def train(config: ConfigDict, kind: str) -> tuple[np.ndarray, dict]:

@@ -22,13 +22,12 @@ import numpy as np
 
 from flex_jax.config import for_method
 from flex_jax.data.batches import Batch
-from flex_jax.federated.plan import size
+from flex_jax.federated.compression import tree_bytes
 from flex_jax.federated.round import make_round
 from flex_jax.main import load, override
-from flex_jax.methods import METHODS
 from flex_jax.models.checkpoint import empty_params, read_model_config
 from flex_jax.models.decoder import Decoder
-from flex_jax.simulation import Backbone, adapter_config, any_round, describe, method_settings
+from flex_jax.simulation import Backbone, any_run, describe
 
 
 def random_params(shapes: dict) -> dict:
@@ -67,14 +66,13 @@ def main(arguments: list[str] | None = None) -> dict:
     params = random_params(
         jax.eval_shape(partial(empty_params, shape, dtype=config.model.dtype, quantisation=quantisation))
     )
-    model = Decoder(shape, adapter_config(config), remat=config.model.remat)
+    model = Decoder(shape, remat=config.model.remat)
     backbone = Backbone(model, params, None)
     planned = describe(config, backbone, known.method)
-    frozen, state = any_round(config, backbone, known.method, jax.random.PRNGKey(0))
+    recipe, (frozen, state, fresh) = any_run(config, backbone, jax.random.PRNGKey(0))
+    state = state._replace(clients=fresh(np.arange(config.clients)))
     round_fn = make_round(
-        model,
-        METHODS[known.method].rules,
-        method_settings(config),
+        recipe,
         clients=config.clients,
         rounds=config.rounds,
         learning_rate=config.optimizer.learning_rate,
@@ -96,7 +94,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "dtype": config.model.dtype,
         "quantisation": config.model.quantisation,
         "clients x steps x batch x sequence": " x ".join(map(str, grid)),
-        "backbone_gb": round(size(params) / 1e9, 3),
+        "backbone_gb": round(tree_bytes(params) / 1e9, 3),
         "planned_peak_gb": round(planned["peak_bytes"] / 1e9, 3),
         "peak_gb": round(peak_bytes() / 1e9, 3),
         "first_round_s": round(seconds[0], 1),

@@ -57,10 +57,16 @@ def _one_of(*choices: str) -> Check:
 _POSITIVE = Check("a number above 0", lambda value: _is_number(value) and value > 0)
 _NOT_NEGATIVE = Check("a number of at least 0", lambda value: _is_number(value) and value >= 0)
 _PROBABILITY = Check("a number of at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
+_UNIT = Check("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 _FLAG = Check("True or False", lambda value: isinstance(value, bool))
 _TEXT = Check("a text that is not empty", _is_text)
 _ANY_TEXT = Check("a text", lambda value: isinstance(value, str))
 _TEXTS = Check("a tuple of different texts", lambda value: _is_distinct(value, _is_text))
+_RANKS = Check(
+    "a tuple of integers of at least 1, such as (8, 16), or ()",
+    lambda value: isinstance(value, tuple) and all(_is_integer(rank) and rank >= 1 for rank in value),
+)
+_SHARE = Check("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1)
 _METHODS = Check(
     "a tuple of one or more different method names, such as ('flex', 'fedavg')",
     lambda value: _is_distinct(value, lambda name: _is_text(name) and "," not in name) and value != (),
@@ -72,6 +78,7 @@ _SEEDS = Check(
 
 SCHEMA = {
     "methods": Key(("flex", "fedavg", "local"), _METHODS, "methods to run, each with every seed"),
+    "method": Key("", _ANY_TEXT, "one method in the place of methods: its name, or path/to/file.py:name of your own"),
     "seeds": Key((0,), _SEEDS, "seeds of partition, initial values, batches and dropout"),
     "rounds": Key(100, _at_least(1), "communication rounds"),
     "local_steps": Key(5, _at_least(1), "optimiser steps of a client in a round"),
@@ -79,6 +86,8 @@ SCHEMA = {
     "sequence_length": Key(512, _at_least(8), "tokens of prompt and response; longer examples are cut"),
     "clients": Key(4, _at_least(1), "clients that the data is divided into"),
     "cohort": Key(0, _at_least(0), "clients trained in a round; 0 is every client"),
+    "sampling": Key("uniform", _one_of("uniform", "size"), "how a cohort is drawn: alike or by examples"),
+    "availability": Key("", _ANY_TEXT, "a file: in line i the JSON list of clients that round i can draw"),
     "note": Key("", _ANY_TEXT, "what a reader of the report has to know about this comparison"),
     "model.path": Key("tiny", _TEXT, "tiny (the embedded model), a Hugging Face checkpoint directory or a Hub name"),
     "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "type of the frozen weights"),
@@ -108,17 +117,44 @@ SCHEMA = {
     "slot.training": Key("full", _one_of("full", "lora"), "what is trained in the slot: weights or adapters"),
     "slot.rank": Key(32, _at_least(1), "rank of the slot's adapters, for the training lora"),
     "slot.alpha": Key(64.0, _POSITIVE, "the slot's adapters are scaled by alpha / rank"),
+    "slot.gate": Key(
+        "sigmoid",
+        _one_of("sigmoid", "none", "routing"),
+        "what lets the slot speak: a trained gate, nothing, or the router in the place of the grafted expert",
+    ),
     "slot.gate_init": Key("router", _one_of("router", "closed"), "first gate: the expert's router row, or closed"),
     "slot.calibration_examples": Key(128, _at_least(1), "examples of a client that choose its grafted experts"),
+    "slot.calibration": Key(
+        "own", _one_of("own", "common"), "whose examples choose the experts: each client's own, or some of all clients"
+    ),
     "optimizer.learning_rate": Key(4e-5, _POSITIVE, "AdamW learning rate of the first round"),
     "optimizer.final_learning_rate": Key(1e-6, _NOT_NEGATIVE, "learning rate of the last round, along a cosine"),
     "optimizer.weight_decay": Key(0.0, _NOT_NEGATIVE, "AdamW weight decay"),
     "optimizer.clip_norm": Key(1.0, _POSITIVE, "largest global norm of a step's gradient"),
     "client.proximal_mu": Key(0.01, _NOT_NEGATIVE, "FedProx: pull of the received weights on a client"),
+    "client.ditto_lambda": Key(0.1, _NOT_NEGATIVE, "Ditto: pull of the received weights on a client's own"),
+    "client.mixing_alpha": Key(0.5, _UNIT, "APFL: first share of a client's own weights in its model"),
+    "client.personal_layers": Key(1, _at_least(1), "FedPer, FedRep: last layers whose adapters stay with the client"),
+    "client.personal_steps": Key(0.5, _SHARE, "FedRep, FedDPA: share of a round's steps on what is personal"),
+    "client.sync_every": Key(10, _at_least(1), "FDLoRA: rounds between copies of the shared adapter to the own one"),
+    "client.ranks": Key((), _RANKS, "FLoRA, FlexLoRA, HetLoRA: ranks of the clients, in turn; () is lora.rank for all"),
+    "client.rank_decay": Key(0.99, _SHARE, "HetLoRA: part of its ranks that a client prunes to; 1 prunes none"),
+    "client.rank_lambda": Key(5e-3, _NOT_NEGATIVE, "HetLoRA: penalty on the ranks that may be pruned"),
+    "client.compression": Key(
+        "none", _one_of("none", "bfloat16", "int8", "topk"), "how uploads are made smaller, for every method"
+    ),
+    "client.compression_fraction": Key(0.1, _SHARE, "topk: entries sent of each array; the rest is sent later"),
     "server.weighting": Key("examples", _one_of("examples", "uniform"), "how the server weighs a cohort's clients"),
-    "server.learning_rate": Key(1e-3, _POSITIVE, "FedAdagrad, FedAdam, FedYogi: eta"),
+    "server.aggregation": Key(
+        "mean",
+        _one_of("mean", "median", "trimmed_mean", "geometric_median", "krum", "multi_krum"),
+        "how the server combines a cohort's uploads",
+    ),
+    "server.byzantine": Key(1, _at_least(0), "trimmed_mean, krum, multi_krum: bad clients of a cohort to withstand"),
+    "server.clip_norm": Key(0.0, _NOT_NEGATIVE, "largest norm of a client's upload; 0 is any"),
+    "server.learning_rate": Key(1e-3, _POSITIVE, "FedAdagrad, FedAdam, FedYogi, FDLoRA: eta"),
     "server.tau": Key(1e-3, _POSITIVE, "FedAdagrad, FedAdam, FedYogi: adaptivity; its square starts v"),
-    "server.beta1": Key(0.9, _PROBABILITY, "FedAvgM, FedAdam, FedYogi: momentum"),
+    "server.beta1": Key(0.9, _PROBABILITY, "FedAvgM, FedAdam, FedYogi, FDLoRA: momentum"),
     "server.beta2": Key(0.99, _PROBABILITY, "FedAdam, FedYogi: decay of the second moment"),
     "evaluation.max_new_tokens": Key(256, _at_least(1), "most tokens generated for an answer"),
     "evaluation.batch_size": Key(8, _at_least(1), "examples evaluated at once"),
@@ -126,13 +162,15 @@ SCHEMA = {
 }
 OVERRIDABLE_SECTIONS = ("lora", "slot", "optimizer", "client", "server")
 SECTIONS = tuple(dict.fromkeys(key.split(".")[0] for key in SCHEMA if "." in key))
-OVERRIDABLE = {key: entry for key, entry in SCHEMA.items() if key.split(".")[0] in OVERRIDABLE_SECTIONS}
+OVERRIDABLE = {key: entry for key, entry in SCHEMA.items() if key.split(".")[0] in ("method", *OVERRIDABLE_SECTIONS)}
 
 
 def default_config() -> ConfigDict:
     """The paper's reference setting on the embedded model and data: type-safe, and locked but for `overrides`.
 
-    `config.overrides.flex = {"optimizer": {"learning_rate": 1e-3}}` gives one method a value of its own.
+    `config.overrides.flex = {"optimizer": {"learning_rate": 1e-3}}` gives one method a value of its own;
+    `config.overrides.flex_random = {"method": "flex", "slot": {"selection": "random"}}` makes a variant of a method,
+    which `methods` may name beside it.
     """
     config = ConfigDict({section: {} for section in (*SECTIONS, "overrides")})
     for key, entry in SCHEMA.items():
@@ -195,8 +233,28 @@ def nearest_key(key: str, known: Iterable[str] = SCHEMA) -> str:
     return max(known, key=likeness)
 
 
+def name_methods(config: ConfigDict) -> None:
+    """Writes a method that is given as path/to/file.py:name as a variant called `name`, and config.method, if any, as
+    the one of config.methods. Raises InputError where two would have one name."""
+    given = (config.method,) if config.method else config.methods
+    names = []
+    for method in given:
+        path, colon, name = method.rpartition(":")
+        if colon:
+            if not name.isidentifier():
+                raise InputError(f"config.method is {method!r}: must be a method's name or path/to/file.py:name")
+            if config.overrides.get(name, {}).get("method", method) != method:
+                raise InputError(f"config.overrides.{name}.method is another method than {method}: rename one")
+            config.overrides.update({name: {"method": method}})
+        names.append(name)
+    config.methods, config.method = tuple(names), ""
+    if len(set(names)) < len(names):
+        raise InputError(f"config.methods has two methods of one name: {', '.join(names)}")
+
+
 def for_method(config: ConfigDict, name: str) -> ConfigDict:
-    """The config of the method `name`: a copy with its overrides applied and none left.
+    """The config of the method or variant `name`: a copy with its overrides applied and none left; its `method` says
+    which method it is.
 
     Raises:
         InputError: as `validate`.
@@ -217,6 +275,7 @@ def _overridden(config: ConfigDict, name: str) -> ConfigDict:
     result = config.copy_and_resolve_references()
     result.update(config.overrides.get(name, ConfigDict()))
     result.overrides = ConfigDict()
+    result.method = result.method or name
     return result
 
 
@@ -225,6 +284,10 @@ def _validate_together(config: ConfigDict, where: str) -> None:
     if config.cohort > config.clients:
         raise InputError(
             f"config.cohort is {config.cohort}: must be at most config.clients, {config.clients}, or 0 for every client"
+        )
+    if any(rank > config.lora.rank for rank in config.client.ranks):
+        raise InputError(
+            f"config.client.ranks is {config.client.ranks}{where}: must be at most config.lora.rank, {config.lora.rank}"
         )
     if config.data.partition == "column" and not config.data.column.strip():
         raise InputError("config.data.column is empty: must name a column where config.data.partition is 'column'")

@@ -15,7 +15,7 @@ from flex_jax.data.prompts import encode_prompt
 from flex_jax.data.sources import load_records
 from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut
-from flex_jax.methods import METHODS
+from flex_jax.methods import Method, find_method
 from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import plan_table, summary_table
 from flex_jax.reporting.writers import MetricsWriter, read_metrics, summarise, write_json
@@ -29,11 +29,9 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     checkpoint. Raises InputError for a mistake in the config, the data or the checkpoint, or when the work directory
     belongs to another config.
     """
-    for name in config.methods:
-        if name not in METHODS:
-            raise InputError(f"config.methods: unknown method {name!r}; known: {', '.join(sorted(METHODS))}")
+    methods = {name: find_method(for_method(config, name).method) for name in config.methods}
     backbone = load_backbone(config)
-    check_slots(config, backbone)
+    check_slots(config, backbone, methods)
     records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
     federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
     rows = [describe(config, backbone, name) for name in config.methods]
@@ -57,12 +55,12 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     return results
 
 
-def check_slots(config: ConfigDict, backbone: Backbone) -> None:
+def check_slots(config: ConfigDict, backbone: Backbone, methods: dict[str, Method]) -> None:
     """No slot may hold more grafted experts than a layer has."""
     experts = backbone.model.config.experts
     for name in config.methods:
         wanted = for_method(config, name).slot.experts
-        if METHODS[name].personal_slot and wanted > experts:
+        if methods[name].grafts != "none" and wanted > experts:
             raise InputError(f"config.slot.experts is {wanted}: must be at most {experts}, the experts of a layer")
 
 

@@ -93,8 +93,8 @@ def export(arguments: list[str]) -> None:
     client = parse_client(options.client, client_names(options.workdir))
     trained = open_run(options.workdir, options.method, options.seed)
     own = jax.tree.map(lambda leaf: leaf[0], clients_of(trained, [client]))
-    variables = collections(trained.frozen, trained.state.server.shared, own)
-    model, adapters = trained.model, variables["adapters"]
+    variables = collections(trained.recipe, trained.frozen, trained.state.server, own)
+    model, adapters = trained.recipe.model, variables["adapters"]
     family = FAMILIES[model.config.family]
     slot = personal_slot(adapters) is not None
     lora = has_adapter(model.config, adapters)

@@ -101,7 +101,7 @@ def answer(options: argparse.Namespace) -> None:
     asked = asked_clients(questions, options.client, client_names(options.workdir))
     trained = open_run(options.workdir, options.method, options.seed)
     max_new_tokens = options.max_new_tokens or trained.config.evaluation.max_new_tokens
-    max_positions, tokenizer = trained.model.config.max_positions, trained.backbone.tokenizer
+    max_positions, tokenizer = trained.recipe.model.config.max_positions, trained.backbone.tokenizer
     encoded = [
         encode_question(question, tokenizer, max_positions=max_positions, max_new_tokens=max_new_tokens)
         for question in questions
@@ -174,9 +174,9 @@ def answer_all(
         # The shared model draws as one more client.
         numbers = [trained.config.clients if client is None else client for client in group]
         answers = converse(
-            trained.model,
+            trained.recipe,
             trained.frozen,
-            trained.state.server.shared,
+            trained.state.server,
             clients_of(trained, group),
             [[questions[row] for row in own] for own in rows],
             end=tokenizer.eos_token_id,

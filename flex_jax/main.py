@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flex_jax.command import Parser, run_command
-from flex_jax.config import SCHEMA, find_key, nearest_key, validate, validate_keys
+from flex_jax.config import SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
 from flex_jax.errors import InputError
 
 
@@ -33,6 +33,7 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
     known, rest = parser.parse_known_args(arguments)
     config = load(known.config)
     override(config, rest)
+    name_methods(config)
     validate(config)
     workdir = known.workdir or Path("runs") / Path(known.config).stem
     if workdir.exists() and not workdir.is_dir():
@@ -62,9 +63,10 @@ def override(config: ConfigDict, arguments: list[str]) -> None:
     for key in (match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, arguments) if match):
         entry = find_key(key)
         if key.startswith("overrides."):  # config_flags sets only keys that exist
-            _, method, section, name = key.split(".")
+            _, method, *section, name = key.split(".")
+            own = {section[0]: {name: entry.default}} if section else {name: entry.default}
             with config.overrides.unlocked(), config.overrides.ignore_type():
-                config.overrides.update({method: {section: {name: entry.default}}})
+                config.overrides.update({method: own})
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)

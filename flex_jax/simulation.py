@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +14,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flex_jax import tiny
 from flex_jax.config import for_method
-from flex_jax.data.batches import ClientDataset, calibration_batches, round_batches
+from flex_jax.data.batches import Batch, ClientDataset, calibration_batches, mixed, round_batches
 from flex_jax.data.prompts import check_tokenizer
 from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut, evaluate
 from flex_jax.evaluation.loss import evaluation_loss
+from flex_jax.federated.aggregation import check_cohort
 from flex_jax.federated.checkpoint import Checkpoints
-from flex_jax.federated.cohort import sample_cohort
+from flex_jax.federated.cohort import read_availability, sample_cohort
+from flex_jax.federated.method import ClientSettings, Recipe, ServerSettings, Settings
 from flex_jax.federated.plan import plan
 from flex_jax.federated.round import make_round
-from flex_jax.federated.rules import Settings
-from flex_jax.federated.start import start
-from flex_jax.federated.state import Frozen, RoundState
+from flex_jax.federated.start import Start, start
+from flex_jax.federated.state import RoundState
 from flex_jax.grafting.selection import select
-from flex_jax.methods import METHODS
+from flex_jax.methods import find_method
 from flex_jax.models.checkpoint import find_checkpoint, load_pretrained
 from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
@@ -55,9 +57,8 @@ class Federation(NamedTuple):
 class Run(NamedTuple):
     """One method with one seed, ready for its first round."""
 
-    model: Decoder
-    frozen: Frozen
-    state: RoundState
+    recipe: Recipe
+    start: Start
 
 
 def checkpoint_name(config: ConfigDict) -> str:
@@ -78,69 +79,59 @@ def load_backbone(config: ConfigDict) -> Backbone:
     return Backbone(model.clone(remat=config.model.remat), params, tokenizer)
 
 
-def adapter_config(config: ConfigDict) -> AdapterConfig:
-    """The adapters that a method's config asks for."""
+def make_recipe(config: ConfigDict, backbone: Backbone) -> Recipe:
+    """The static part of a method's runs, `config` being its own. Raises InputError for an unknown method, and for a
+    cohort too small for its aggregation."""
+    method = find_method(config.method)
     lora = LoraConfig(config.lora.rank, config.lora.alpha, config.lora.dropout)
-    slot_lora = LoraConfig(config.slot.rank, config.slot.alpha, config.lora.dropout)
-    return AdapterConfig(lora, SlotConfig(config.slot.experts, config.slot.training, slot_lora, config.slot.gate_init))
-
-
-def method_settings(config: ConfigDict) -> Settings:
-    """The numbers that methods are configured with."""
-    server = config.server
-    return Settings(
-        config.client.proximal_mu, server.learning_rate, server.tau, server.beta1, server.beta2, server.weighting
+    slot = SlotConfig(
+        config.slot.experts,
+        config.slot.training,
+        LoraConfig(config.slot.rank, config.slot.alpha, config.lora.dropout),
+        "routing" if method.grafts == "all" else config.slot.gate,
+        config.slot.gate_init,
     )
+    settings = Settings(ClientSettings(**config.client), ServerSettings(**config.server))
+    numbers = settings.server
+    if wrong := check_cohort(numbers.aggregation, numbers.byzantine, config.cohort or config.clients):
+        raise InputError(f"config.server.aggregation: {wrong}")
+    return Recipe(backbone.model.clone(adapters=AdapterConfig(lora, slot)), method, settings)
 
 
-def prepare(config: ConfigDict, backbone: Backbone, name: str, chosen: np.ndarray | None, key: jax.Array) -> Run:
+def prepare(config: ConfigDict, backbone: Backbone, chosen: np.ndarray | None, key: jax.Array) -> Run:
     """Round 0 of a method, `config` being its own. Raises InputError when config.lora.path is no fitting adapter."""
-    adapters = adapter_config(config)
-    model = backbone.model.clone(adapters=adapters)
-    lora = load_adapter(config.lora.path, model.config, adapters.lora) if config.lora.path else None
-    frozen, state = start(
-        model.config,
-        backbone.params,
-        adapters,
-        METHODS[name].placement,
-        chosen,
-        clients=config.clients,
-        key=key,
-        rules=METHODS[name].rules,
-        settings=method_settings(config),
-        lora=lora,
-    )
-    return Run(model, frozen, state)
+    recipe = make_recipe(config, backbone)
+    model = recipe.model
+    lora = load_adapter(config.lora.path, model.config, model.adapters.lora) if config.lora.path else None
+    return Run(recipe, start(recipe, backbone.params, chosen, key=key, lora=lora))
 
 
-def any_round(config: ConfigDict, backbone: Backbone, name: str, key: jax.Array) -> tuple[Frozen, RoundState]:
+def any_run(config: ConfigDict, backbone: Backbone, key: jax.Array) -> Run:
     """What `prepare` gives when every client grafts expert 0: the structure and shapes of all rounds of the method."""
     slot = (config.clients, backbone.model.config.moe_layers, config.slot.experts)
-    chosen = np.zeros(slot, np.int32) if METHODS[name].personal_slot else None
-    return prepare(config, backbone, name, chosen, key)[1:]
+    return prepare(config, backbone, np.zeros(slot, np.int32), key)
 
 
 def describe(config: ConfigDict, backbone: Backbone, name: str) -> dict:
     """One row of the plan, from shapes alone."""
     own = for_method(config, name)
+    cohort = own.cohort or own.clients
 
     def shapes(params):
-        return any_round(own, backbone._replace(params=params), name, jax.random.PRNGKey(0))
+        run = any_run(own, backbone._replace(params=params), jax.random.PRNGKey(0))
+        return run.start.frozen, run.start.state._replace(clients=run.start.clients(np.arange(1)))
 
     frozen, state = jax.eval_shape(shapes, backbone.params)
-    cohort = own.cohort or own.clients
     row = plan(
-        backbone.model.config,
-        frozen,
-        state,
-        METHODS[name].rules,
-        method_settings(own),
-        cohort=cohort,
-        batch=own.batch_size,
-        sequence=own.sequence_length,
-        remat=own.model.remat,
+        make_recipe(own, backbone), frozen, state, cohort=cohort, batch=own.batch_size, sequence=own.sequence_length
     )
     return row._asdict() | {"method": name, "clients": own.clients, "cohort": cohort}
+
+
+def cohorts(config: ConfigDict) -> list[np.ndarray]:
+    """All clients, in groups as large as a cohort: as many as are held at once."""
+    size = config.cohort or config.clients
+    return [np.arange(first, min(first + size, config.clients)) for first in range(0, config.clients, size)]
 
 
 def calibration(train: list[ClientDataset], *, examples: int, batch_size: int):
@@ -153,22 +144,22 @@ def calibration(train: list[ClientDataset], *, examples: int, batch_size: int):
 
 
 def graft(config: ConfigDict, backbone: Backbone, federation: Federation, key: jax.Array) -> np.ndarray:
-    """The experts each client grafts, [N, L, r] int32, chosen on its own training examples."""
-
-    def batches():
-        return calibration(
-            federation.train, examples=config.slot.calibration_examples, batch_size=config.evaluation.batch_size
-        )
-
-    return select(
-        backbone.model,
-        backbone.params,
-        batches,
-        selection=config.slot.selection,
-        experts=config.slot.experts,
-        clients=config.clients,
-        key=key,
-    )
+    """The experts each client grafts, [N, L, r] int32, chosen on its own training examples; or the same for all, chosen
+    on as many examples, some of each client."""
+    slot, examples = config.slot, config.slot.calibration_examples
+    if slot.calibration == "common":
+        common = mixed([federation.train[i] for i in range(min(config.clients, examples))], examples)
+        groups = [[common]]
+    else:
+        groups = [[federation.train[client] for client in group] for group in cohorts(config)]
+    chosen = []
+    for number, datasets in enumerate(groups):
+        batches = partial(calibration, datasets, examples=examples, batch_size=config.evaluation.batch_size)
+        group_key = jax.random.fold_in(key, number)
+        kinds = dict(selection=slot.selection, experts=slot.experts, clients=len(datasets), key=group_key)
+        chosen.append(select(backbone.model, backbone.params, batches, **kinds))
+    chosen = np.concatenate(chosen)
+    return np.repeat(chosen, config.clients, axis=0) if slot.calibration == "common" else chosen
 
 
 def train(
@@ -184,14 +175,18 @@ def train(
 
     label: (method, seed). `compiled` keeps the compiled round of a method for its other seeds.
     """
-    (method, seed), (model, frozen, state) = label, run
+    (name, seed), recipe, frozen = label, run.recipe, run.start.frozen
+    state = checkpoints.restore(run.start.state) or run.start.state
+    first = int(state.round)
+    metrics.rewind(f"{name}-seed{seed}", first)
     cohort_key = jax.random.fold_in(state.key, COHORT_KEY)
     size = config.cohort or config.clients
     sizes = np.array([len(dataset.tokens) for dataset in federation.train], np.float32)
-    first = int(state.round)
+    trace = read_availability(config.availability, config.clients, size) if config.availability else [None]
 
     def prepare_round(number):
-        cohort = sample_cohort(cohort_key, number, config.clients, size)
+        available = trace[number % len(trace)]
+        cohort = sample_cohort(cohort_key, number, sizes, size, sampling=config.sampling, available=available)
         batches = round_batches(
             federation.train,
             cohort,
@@ -200,15 +195,13 @@ def train(
             local_steps=config.local_steps,
             batch_size=config.batch_size,
         )
-        return frozen, state, batches, cohort, sizes[cohort]
+        return frozen, state._replace(clients=checkpoints.load(cohort)), batches, cohort, sizes[cohort]
 
     started = time.perf_counter()
     if "round" not in compiled:
         optimizer = config.optimizer
         round_fn = make_round(
-            model,
-            METHODS[method].rules,
-            method_settings(config),
+            recipe,
             clients=config.clients,
             rounds=config.rounds,
             learning_rate=optimizer.learning_rate,
@@ -219,16 +212,17 @@ def train(
         compiled["round"] = round_fn.lower(*prepare_round(first)).compile()
     compile_seconds = time.perf_counter() - started
 
-    progress = tqdm(range(first, config.rounds), initial=first, total=config.rounds, desc=f"{method} seed {seed}")
+    progress = tqdm(range(first, config.rounds), initial=first, total=config.rounds, desc=f"{name} seed {seed}")
     for number in progress:
         arguments = prepare_round(number)
+        cohort = arguments[3]
         started = time.perf_counter()
         state, measured = compiled["round"](*arguments)
         measured = jax.device_get(measured)  # waits for the round
         seconds = time.perf_counter() - started
         lines = {
-            int(client): {name: float(values[i]) for name, values in measured["clients"].items()}
-            for i, client in enumerate(arguments[3])
+            int(client): {metric: values[i].item() for metric, values in measured["clients"].items()}
+            for i, client in enumerate(cohort)
         }
         loss = float(np.mean(measured["clients"]["train_loss"]))
         speed = arguments[2].tokens.size / seconds
@@ -236,23 +230,55 @@ def train(
             "train_loss": loss,
             "round_s": seconds,
             "train_tokens_per_s": speed,
-        } | {name: value.item() for name, value in measured["server"].items()}
+        } | {metric: value.item() for metric, value in measured["server"].items()}
+        checkpoints.save(state, cohort)
         every = config.evaluation.every
         if every and (number + 1) % every == 0:
-            losses = evaluation_loss(model, frozen, state.server.shared, state.clients, federation.held_out.batches)
-            for client, value in enumerate(losses):
-                lines.setdefault(client, {})["eval_loss"] = float(value)
-        metrics.write(f"{method}-seed{seed}", method, seed, number, lines)
-        checkpoints.save(state)
+            for group in cohorts(config):
+                batches = [Batch(*(leaf[group] for leaf in batch)) for batch in federation.held_out.batches]
+                rows = checkpoints.load(group)
+                losses = evaluation_loss(recipe, frozen, state.server, rows, batches)
+                for client, value in zip(group, losses, strict=True):
+                    lines.setdefault(int(client), {})["eval_loss"] = float(value)
+        metrics.write(f"{name}-seed{seed}", name, seed, number, lines)
         progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
     return state, compile_seconds
+
+
+def score(
+    config: ConfigDict,
+    run: Run,
+    state: RoundState,
+    federation: Federation,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoints: Checkpoints,
+) -> list[dict]:
+    """Every client's scores after a run, as many clients at a time as a cohort has."""
+    scores = []
+    for group in cohorts(config):
+        held_out = HeldOut(
+            [federation.held_out.records[client] for client in group],
+            [federation.held_out.prompts[client] for client in group],
+            [Batch(*(leaf[group] for leaf in batch)) for batch in federation.held_out.batches],
+        )
+        scores += evaluate(
+            run.recipe,
+            run.start.frozen,
+            state.server,
+            checkpoints.load(group),
+            held_out,
+            tokenizer,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            batch_size=config.evaluation.batch_size,
+        )
+    return scores
 
 
 def run_one(
     config: ConfigDict,
     backbone: Backbone,
     federation: Federation,
-    method: str,
+    name: str,
     seed: int,
     workdir: Path,
     metrics: MetricsWriter,
@@ -260,72 +286,57 @@ def run_one(
 ) -> dict:
     """Graft, train and evaluate one method with one seed; returns its entry of results.json. Goes on from the newest
     checkpoint under `workdir` where there is one."""
-    own, name = for_method(config, method), f"{method}-seed{seed}"
+    own, label = for_method(config, name), f"{name}-seed{seed}"
     key = jax.random.PRNGKey(seed)
-    with Checkpoints(workdir / "checkpoints" / name) as checkpoints:
-        chosen, graft_seconds = None, None
-        if METHODS[method].personal_slot:
-            started = time.perf_counter()
-            chosen = graft(own, backbone, federation, jax.random.fold_in(key, GRAFT_KEY))
-            graft_seconds = time.perf_counter() - started
-        fresh = prepare(own, backbone, method, chosen, key)
-        run = fresh._replace(state=checkpoints.restore(fresh.state) or fresh.state)
-        metrics.rewind(name, int(run.state.round))
-        state, compile_seconds = train(own, run, federation, (method, seed), metrics, checkpoints, compiled)
-    started = time.perf_counter()
-    scores = evaluate(
-        run.model,
-        run.frozen,
-        state.server.shared,
-        state.clients,
-        federation.held_out,
-        backbone.tokenizer,
-        max_new_tokens=own.evaluation.max_new_tokens,
-        batch_size=own.evaluation.batch_size,
-    )
-    evaluation_seconds = time.perf_counter() - started
+    chosen, graft_seconds = None, None
+    if find_method(own.method).grafts != "none":
+        started = time.perf_counter()
+        chosen = graft(own, backbone, federation, jax.random.fold_in(key, GRAFT_KEY))
+        graft_seconds = time.perf_counter() - started
+    run = prepare(own, backbone, chosen, key)
+    with Checkpoints(workdir / "checkpoints" / label, run.start.clients, own.clients) as checkpoints:
+        state, compile_seconds = train(own, run, federation, (name, seed), metrics, checkpoints, compiled)
+        started = time.perf_counter()
+        scores = score(own, run, state, federation, backbone.tokenizer, checkpoints)
+        evaluation_seconds = time.perf_counter() - started
     timing = {"graft_s": graft_seconds, "compile_s": compile_seconds, "evaluation_s": evaluation_seconds}
-    rounds = [line for line in read_metrics(metrics.path) if line["run"] == name and line["client"] is None]
-    entry = report(own, backbone, federation, method, state, scores, rounds)
+    lines = [line for line in read_metrics(metrics.path) if line["run"] == label]
+    entry = report(own, backbone, federation, name, chosen, scores, lines)
     entry["timing"] = timing | entry["timing"]
-    return {"method": method, "seed": seed} | entry
+    return {"method": name, "seed": seed} | entry
 
 
 def report(
     config: ConfigDict,
     backbone: Backbone,
     federation: Federation,
-    method: str,
-    state: RoundState,
+    name: str,
+    chosen: np.ndarray | None,
     scores: list[dict],
-    rounds: list[dict],
+    lines: list[dict],
 ) -> dict:
-    """The entry of results.json for a finished run, whose lines of metrics.jsonl are `rounds`."""
-    row = describe(config, backbone, method)
-    grafts = state.clients.grafts
-    grafted = np.asarray(grafts["layers"]["moe"]["slot"]["expert_index"]).tolist() if grafts else None
+    """The entry of results.json for a finished run, whose lines of metrics.jsonl are `lines`."""
+    row = describe(config, backbone, name)
     clients = [
         {
             "id": i,
             "name": dataset.name,
             "train_examples": len(dataset.tokens),
             "eval_examples": len(federation.held_out.records[i]),
-            "grafted_experts": grafted[i] if grafted else [],
+            "grafted_experts": [] if chosen is None else chosen[i].tolist(),
         }
-        | score
-        for i, (dataset, score) in enumerate(zip(federation.train, scores, strict=True))
+        | client_scores
+        for i, (dataset, client_scores) in enumerate(zip(federation.train, scores, strict=True))
     ]
     averaged = [metric for metric, value in scores[0].items() if isinstance(value, float)]
-    total = sum(row["cohort"] * (line["upload_bytes"] + line["download_bytes"]) for line in rounds)
+    rounds = [line for line in lines if line["client"] is None]
+    sent = {way: [line[f"{way}_bytes"] for line in lines if f"{way}_bytes" in line] for way in ("upload", "download")}
     return {
         "parameters": {role: row[role] for role in ("frozen", "shared", "personal_per_client")},
         "clients": clients,
-        "average": {metric: float(np.mean([score[metric] for score in scores])) for metric in averaged},
-        "communication": {
-            "upload_bytes_per_client_round": rounds[-1]["upload_bytes"],
-            "download_bytes_per_client_round": rounds[-1]["download_bytes"],
-            "total_bytes": total,
-        },
+        "average": {metric: float(np.mean([scores_of[metric] for scores_of in scores])) for metric in averaged},
+        "communication": {f"{way}_bytes_per_client_round": round(float(np.mean(sent[way]))) for way in sent}
+        | {"total_bytes": sum(map(sum, sent.values()))},
         "timing": {
             "round_s_median": float(np.median([line["round_s"] for line in rounds])),
             "train_tokens_per_s": float(np.median([line["train_tokens_per_s"] for line in rounds])),

@@ -1,20 +1,22 @@
 """A run read back from its work directory, to generate with or to export."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from flax.traverse_util import flatten_dict
+import numpy as np
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 
 from flex_jax.config import default_config, for_method, validate
 from flex_jax.errors import InputError
 from flex_jax.federated.checkpoint import Checkpoints
+from flex_jax.federated.method import Recipe
+from flex_jax.federated.start import NO_CLIENTS
 from flex_jax.federated.state import ClientState, Frozen, RoundState
-from flex_jax.methods import METHODS
-from flex_jax.models.decoder import Decoder
-from flex_jax.simulation import Backbone, adapter_config, any_round, load_backbone
+from flex_jax.simulation import Backbone, any_run, load_backbone
 
 SHARED = "shared"  # in the place of a client: the aggregated model, without anything personal
 
@@ -25,9 +27,11 @@ class Trained(NamedTuple):
     name: str  # METHOD-seedN
     config: ConfigDict  # the method's own
     backbone: Backbone
-    model: Decoder  # with the method's adapters
+    recipe: Recipe
     frozen: Frozen
-    state: RoundState
+    state: RoundState  # without clients
+    directory: Path  # of its checkpoints
+    fresh: Callable[[np.ndarray], ClientState]  # the rows that clients start with
 
 
 def open_run(workdir: Path, method: str | None = None, seed: int | None = None) -> Trained:
@@ -40,29 +44,24 @@ def open_run(workdir: Path, method: str | None = None, seed: int | None = None) 
         if value is not None and value not in known:
             raise InputError(f"{name} {value}: the run in {workdir} has {', '.join(map(str, known))}")
     method = config.methods[0] if method is None else method
-    if method not in METHODS:
-        raise InputError(f"{workdir / 'config.json'}: unknown method {method!r}; known: {', '.join(sorted(METHODS))}")
     seed = config.seeds[0] if seed is None else seed
     name = f"{method}-seed{seed}"
     directory = workdir / "checkpoints" / name
     if not directory.is_dir():
         raise InputError(f"{directory}: no checkpoint of this method and seed; the run has not come to them yet")
-    backbone, own = load_backbone(config), for_method(config, method)
-
-    def start(params):
-        frozen, state = any_round(own, backbone._replace(params=params), method, jax.random.PRNGKey(seed))
-        return frozen.adapters, state
-
-    with Checkpoints(directory) as checkpoints:
+    own = for_method(config, method)
+    backbone = load_backbone(config)
+    run = any_run(own, backbone, jax.random.PRNGKey(seed))
+    frozen, state, fresh = run.start
+    with Checkpoints(directory, fresh, own.clients) as checkpoints:
         try:
-            state = checkpoints.restore(jax.eval_shape(start, backbone.params)[1])
+            state = checkpoints.restore(state)
         except (KeyError, OSError, ValueError) as error:  # what orbax raises for lost files and for other shapes
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"{directory}: damaged, or not of the config.json beside it ({reason})") from error
     if state is None:
         raise InputError(f"{directory}: holds no finished round")
-    frozen = Frozen(backbone.params, jax.jit(lambda params: start(params)[0])(backbone.params))
-    return Trained(name, own, backbone, backbone.model.clone(adapters=adapter_config(own)), frozen, state)
+    return Trained(name, own, backbone, run.recipe, frozen, state, directory, fresh)
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -117,12 +116,15 @@ def parse_client(text: str, names: list[str]) -> int | None:
 def clients_of(trained: Trained, clients: list[int | None]) -> ClientState:
     """The rows of some clients, leading axis len(clients); of the shared model, whose client is None, no leaves.
 
-    Raises InputError for the shared model of a method that shares one half of its LoRA pairs.
+    Raises InputError for the shared model of a method whose shared part is none, and for a damaged run.
     """
     if clients[0] is None:
-        leaves = flatten_dict(trained.frozen.adapters) | flatten_dict(trained.state.server.shared)
-        if len({path[-1] for path in leaves} & {"lora_a", "lora_b"}) == 1:
+        if not trained.recipe.method.common:
             raise InputError(f"client {SHARED}: {trained.name} shares a part of its adapters only; name a client")
-        return ClientState({}, {}, {})
-    rows = jax.numpy.array(clients)
-    return jax.tree.map(lambda leaf: leaf[rows], trained.state.clients)
+        return NO_CLIENTS
+    with Checkpoints(trained.directory, trained.fresh, trained.config.clients) as checkpoints:
+        checkpoints.restore(trained.state)
+        try:
+            return checkpoints.load(np.array(clients))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{trained.directory}: a client's file is damaged or lost ({error})") from error

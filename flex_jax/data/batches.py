@@ -49,6 +49,15 @@ def encode_client(
     return ClientDataset(name, tokens, lengths, prompt_lengths)
 
 
+def mixed(datasets: Sequence[ClientDataset], examples: int) -> ClientDataset:
+    """One data set of up to `examples` examples, the first of all clients, then the second of all, and so on."""
+    turns = [(row, client) for client, dataset in enumerate(datasets) for row in range(len(dataset.tokens))]
+    picked = sorted(turns)[:examples]
+    columns = ("tokens", "lengths", "prompt_lengths")
+    arrays = [np.stack([getattr(datasets[client], column)[row] for row, client in picked]) for column in columns]
+    return ClientDataset("common", *arrays)
+
+
 def round_batches(
     datasets: Sequence[ClientDataset],
     cohort: Sequence[int],

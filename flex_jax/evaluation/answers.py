@@ -14,8 +14,8 @@ from flex_jax.data.prompts import TEMPLATE, prompt_text
 from flex_jax.data.sources import file_rows, text_column
 from flex_jax.errors import InputError
 from flex_jax.evaluation.generation import Sampling, generate_tokens
-from flex_jax.federated.state import ClientState, Frozen
-from flex_jax.models.decoder import Decoder
+from flex_jax.federated.method import Recipe
+from flex_jax.federated.state import ClientState, Frozen, ServerState
 
 OPENING = TEMPLATE[: TEMPLATE.index("### Instruction:")]  # of a conversation, not of its later turns
 
@@ -78,9 +78,9 @@ def encode_question(question: Question, tokenizer, *, max_positions: int, max_ne
 
 
 def converse(
-    model: Decoder,
+    recipe: Recipe,
     frozen: Frozen,
-    shared: dict,
+    server: ServerState,
     clients: ClientState,
     questions: list[list[Conversation]],
     *,
@@ -105,9 +105,9 @@ def converse(
             for client in zip(so_far, questions, strict=True)
         ]
         new = generate_tokens(
-            model,
+            recipe,
             frozen,
-            shared,
+            server,
             clients,
             prompts,
             end=end,

@@ -8,8 +8,8 @@ from flex_jax.data.batches import Batch
 from flex_jax.evaluation.generation import generate_texts
 from flex_jax.evaluation.loss import evaluation_loss
 from flex_jax.evaluation.rouge import rouge
-from flex_jax.federated.state import ClientState, Frozen
-from flex_jax.models.decoder import Decoder
+from flex_jax.federated.method import Recipe
+from flex_jax.federated.state import ClientState, Frozen, ServerState
 
 EXAMPLES_SHOWN = 3  # generated answers a client's scores carry with them, for the report
 
@@ -23,9 +23,9 @@ class HeldOut(NamedTuple):
 
 
 def evaluate(
-    model: Decoder,
+    recipe: Recipe,
     frozen: Frozen,
-    shared: dict,
+    server: ServerState,
     clients: ClientState,
     held_out: HeldOut,
     tokenizer,
@@ -34,11 +34,11 @@ def evaluate(
     batch_size: int,
 ) -> list[dict]:
     """Per client: eval_loss (nats per response token), perplexity, ROUGE of greedy answers (percent), examples."""
-    losses = evaluation_loss(model, frozen, shared, clients, held_out.batches)
+    losses = evaluation_loss(recipe, frozen, server, clients, held_out.batches)
     answers = generate_texts(
-        model,
+        recipe,
         frozen,
-        shared,
+        server,
         clients,
         held_out.prompts,
         tokenizer,

@@ -9,7 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flex_jax.federated.client import collections
-from flex_jax.federated.state import ClientState, Frozen
+from flex_jax.federated.method import Recipe
+from flex_jax.federated.state import ClientState, Frozen, ServerState
 from flex_jax.models.decoder import Decoder, head_weights, init_cache
 
 
@@ -36,9 +37,9 @@ def draw(key: jax.Array, logits: jax.Array, temperature: float, top_p: float) ->
 
 @partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "end"))
 def generate(
-    model: Decoder,
+    recipe: Recipe,
     frozen: Frozen,
-    shared: dict,
+    server: ServerState,
     clients: ClientState,
     prompts: jax.Array,
     lengths: jax.Array,
@@ -53,10 +54,11 @@ def generate(
     out. A continuation ends with the token `end`, which fills the rest of its row; the loop stops when all have ended.
     """
     width = prompts.shape[2] + max_new_tokens
+    model = recipe.model
     head = head_weights(model, frozen.params)
 
     def extend(client, tokens, positions, cache, mask=None):
-        variables = collections(frozen, shared, client)
+        variables = collections(recipe, frozen, server, client)
         features = model.apply(variables, tokens, mask, positions=positions, cache=cache, method=Decoder.features)
         return features.hidden, features.cache
 
@@ -113,9 +115,9 @@ def pad_prompts(prompts: list[list[list[int]]], end: int) -> tuple[np.ndarray, n
 
 
 def generate_tokens(
-    model: Decoder,
+    recipe: Recipe,
     frozen: Frozen,
-    shared: dict,
+    server: ServerState,
     clients: ClientState,
     prompts: list[list[list[int]]],
     *,
@@ -137,9 +139,9 @@ def generate_tokens(
         rows = np.arange(start, start + batch_size)
         keys = None if sampling is None else sampling.keys[:, np.minimum(rows, examples - 1)]
         new = generate(
-            model,
+            recipe,
             frozen,
-            shared,
+            server,
             clients,
             tokens[:, rows],
             lengths[:, rows],
@@ -158,9 +160,9 @@ def decode(answers: list[list[int]], tokenizer) -> list[str]:
 
 
 def generate_texts(
-    model: Decoder,
+    recipe: Recipe,
     frozen: Frozen,
-    shared: dict,
+    server: ServerState,
     clients: ClientState,
     prompts: list[list[list[int]]],
     tokenizer,
@@ -170,9 +172,9 @@ def generate_texts(
 ) -> list[list[str]]:
     """The most likely answers of every client to its own prompts (token ids), as `generate_tokens` gives them."""
     answers = generate_tokens(
-        model,
+        recipe,
         frozen,
-        shared,
+        server,
         clients,
         prompts,
         end=tokenizer.eos_token_id,

@@ -1,29 +1,50 @@
-"""One client's round: a scan over local steps on its shared and personal adapters."""
+"""One client's round: a scan over local steps on what its method trains."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from flex_jax.data.batches import Batch
+from flex_jax.federated.compression import compress
+from flex_jax.federated.method import Received, Recipe
 from flex_jax.federated.placement import merge
-from flex_jax.federated.rules import ClientRule, Received
-from flex_jax.federated.state import ClientState, ClientUpdate, Frozen
-from flex_jax.models.decoder import Decoder
+from flex_jax.federated.state import ClientState, ClientUpdate, Frozen, ServerState
 from flex_jax.models.objective import response_loss
 
 
-def collections(frozen: Frozen, shared: dict, client: ClientState) -> dict:
+def receive(
+    recipe: Recipe, server: ServerState, client: ClientState, *, round=0, learning_rate=1.0, steps: int = 1
+) -> Received:
+    """What one client has at hand at the beginning of a round."""
+    rules = recipe.method.server
+    download = {"shared": server.shared, **rules.broadcast(server.kept)}
+    known, settings = rules.known(server.kept), recipe.settings
+    received = Received(download, known, client, round, learning_rate, steps, settings)
+    return received._replace(download=recipe.method.client.take(received))
+
+
+def collections(recipe: Recipe, frozen: Frozen, server: ServerState, client: ClientState) -> dict:
     """The model's collections for one client."""
-    adapters = merge(frozen.adapters, shared, client.personal)
-    return {"params": frozen.params, "adapters": adapters, "grafts": client.grafts}
+    received = receive(recipe, server, client)
+    tree = merge(frozen.adapters, received.download["shared"], client.personal)
+    return {"params": frozen.params, "adapters": recipe.method.compose(tree, received), "grafts": client.grafts}
+
+
+def exchanged(recipe: Recipe, server: ServerState, client: ClientState) -> tuple[dict, dict]:
+    """(upload, download) of one client in a round as shapes, before compression."""
+
+    def one(server, client):
+        received = receive(recipe, server, client)
+        trained = recipe.method.client.begin(received, lambda tree: jnp.float32(0.0))
+        return recipe.method.client.finish(received, trained).upload, received.download
+
+    return jax.eval_shape(one, server, client)
 
 
 def client_round(
-    model: Decoder,
-    rule: ClientRule,
+    recipe: Recipe,
     received: Received,
     frozen: Frozen,
-    client: ClientState,
     batches: Batch,
     key: jax.Array,
     *,
@@ -32,29 +53,44 @@ def client_round(
 ) -> ClientUpdate:
     """Train one client from what it received on batches [steps, B, S]; the mean loss of a step is over its response
     tokens. AdamW, whose moments start anew every round, behind clipping by the joint norm of all that the client
-    trains; `rule` says what the method changes. Metrics: train_loss (nats a token) and grad_norm (before clipping and
-    the method's corrections), means over steps."""
-    shared = received.download["shared"]
+    trains; the method's rule says what is changed of that. Metrics: train_loss (nats a token) and grad_norm (before
+    clipping and the method's corrections), means over steps; the bytes of what the client was sent and sends."""
+    rule, client, numbers = recipe.method.client, received.client, recipe.settings.client
     adamw = optax.adamw(received.learning_rate, weight_decay=weight_decay)
     optimizer = rule.optimizer(received, optax.clip_by_global_norm(clip_norm), adamw)
 
-    def loss(trained, batch, step_key):
-        variables = collections(frozen, trained["shared"], client._replace(personal=trained["personal"]))
-        total, count = response_loss(model, variables, batch.tokens, batch.loss_mask, step_key)
-        return total / jnp.maximum(count, 1.0)
+    def loss_on(batch, step_key):
+        def loss(tree):
+            adapters = recipe.method.compose(merge(frozen.adapters, tree), received)
+            variables = {"params": frozen.params, "adapters": adapters, "grafts": client.grafts}
+            total, count = response_loss(recipe.model, variables, batch.tokens, batch.loss_mask, step_key)
+            return total / jnp.maximum(count, 1.0)
+
+        return loss
 
     def step(carry, inputs):
         trained, opt_state = carry
-        value, gradients = jax.value_and_grad(loss)(trained, *inputs)
+
+        def minimised(trained):
+            return rule.objective(received, trained, loss_on(*inputs))
+
+        (_, value), gradients = jax.value_and_grad(minimised, has_aux=True)(trained)
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
         return (optax.apply_updates(trained, updates), opt_state), (value, optax.tree.norm(gradients))
 
-    start = {"shared": shared, "personal": client.personal}
-    step_keys = jax.random.split(key, batches.tokens.shape[0])
+    step_keys = jax.random.split(key, received.steps)
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    start = rule.begin(received, loss_on(first, None))
     (trained, _), (losses, norms) = jax.lax.scan(step, (start, optimizer.init(start)), (batches, step_keys))
-    beside, kept = rule.finish(received, trained["shared"])
-    return ClientUpdate(
-        upload={"delta": jax.tree.map(jnp.subtract, trained["shared"], shared), **beside},
-        state=client._replace(personal=trained["personal"], kept=kept),
-        metrics={"train_loss": losses.mean(), "grad_norm": norms.mean()},
+    upload, personal, kept = rule.finish(received, trained)
+    sent, residual = compress(
+        upload,
+        client.residual,
+        jax.random.fold_in(key, received.steps),
+        compression=numbers.compression,
+        fraction=numbers.compression_fraction,
     )
+    upload_bytes, download_bytes = rule.sent(received, sent)
+    metrics = {"train_loss": losses.mean(), "grad_norm": norms.mean()}
+    metrics |= {"upload_bytes": jnp.uint32(upload_bytes), "download_bytes": jnp.uint32(download_bytes)}
+    return ClientUpdate(sent, ClientState(personal, client.grafts, kept, residual), metrics)

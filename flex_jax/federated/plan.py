@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import jax
 
-from flex_jax.federated.rules import DEFAULTS, FEDAVG, Rules, Settings, exchanged
-from flex_jax.federated.state import Frozen, RoundState
-from flex_jax.models.config import ModelConfig
+from flex_jax.federated.client import exchanged
+from flex_jax.federated.compression import compress, init_residual, tree_bytes
+from flex_jax.federated.method import Recipe
+from flex_jax.federated.state import ClientState, Frozen, RoundState
 from flex_jax.ops.quantised import Quantised
 
 
@@ -30,34 +31,26 @@ def count(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantised)))
 
 
-def size(tree) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def plan(recipe: Recipe, frozen: Frozen, state: RoundState, *, cohort: int, batch: int, sequence: int) -> Plan:
+    """The plan of a run of `cohort` clients at a time with batches [batch, sequence]; state.clients: any rows.
 
-
-def plan(
-    config: ModelConfig,
-    frozen: Frozen,
-    state: RoundState,
-    rules: Rules = FEDAVG,
-    settings: Settings = DEFAULTS,
-    *,
-    cohort: int,
-    batch: int,
-    sequence: int,
-    remat: bool,
-) -> Plan:
-    """The plan of a run of `cohort` clients at a time with batches [batch, sequence]; rules, settings: of the method.
-
-    Activations: the input of every layer; what a layer's backward pass needs (attention scores, the K + shared +
-    personal hidden layers), for one layer with rematerialisation and for all of them without; one chunk of logits.
+    Where clients have ranks of their own, sent bytes are those of the highest. Activations: the input of every layer;
+    what a layer's backward pass needs (attention scores, the K + shared + personal hidden layers), for one layer with
+    rematerialisation and for all of them without; one chunk of logits.
     """
-    clients = len(jax.tree.leaves(state.clients)[0]) if jax.tree.leaves(state.clients) else 1
-    personal = count(state.clients.personal) // clients
-    trained_bytes = size(state.server.shared) + size(state.clients.personal) // clients
+    client: ClientState = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients)
+    upload, download = exchanged(recipe, state.server, client)
+    numbers = recipe.settings.client
+
+    def pack(upload):
+        kind, fraction = numbers.compression, numbers.compression_fraction
+        return compress(upload, init_residual(upload, kind), jax.random.key(0), compression=kind, fraction=fraction)[0]
+
+    personal, remat = count(client.personal), recipe.model.remat
+    trained_bytes = tree_bytes(download["shared"]) + tree_bytes(client.personal)
     tokens = cohort * batch * sequence
     itemsize = frozen.params["embedding"].dtype.itemsize
-    c = config
+    c = recipe.model.config
     layer_inputs = tokens * c.layers * c.width * itemsize
     attention = 3 * cohort * batch * c.heads * sequence * sequence * 4
     hidden = 3 * c.experts_per_token * (c.width + 2 * c.expert_width) + 3 * 2 * c.shared_expert_width
@@ -68,16 +61,14 @@ def plan(
     if isinstance(frozen.params["layers"]["moe"]["gate_up"], Quantised):  # the larger matrices of one layer, plain
         activations += c.experts * c.width * 2 * c.expert_width * itemsize
     client_bytes = 5 * trained_bytes
-    own = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients.kept)
-    upload, download = exchanged(rules, settings, state.server.shared, state.server.kept, own)
     return Plan(
         frozen=count(frozen),
         shared=count(state.server.shared),
         personal_per_client=personal,
-        frozen_bytes=size(frozen),
+        frozen_bytes=tree_bytes(frozen),
         client_bytes=client_bytes,
         activation_bytes=activations,
-        peak_bytes=size(frozen) + size(state) + cohort * client_bytes + activations,
-        upload_bytes=size(upload),
-        download_bytes=size(download),
+        peak_bytes=tree_bytes(frozen) + tree_bytes(state.server) + cohort * client_bytes + activations,
+        upload_bytes=tree_bytes(jax.eval_shape(pack, upload)),
+        download_bytes=tree_bytes(download),
     )

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from flex_jax.data.batches import Batch
-from flex_jax.federated.client import client_round
-from flex_jax.federated.plan import size
-from flex_jax.federated.rules import Received, Rules, Settings
+from flex_jax.federated.client import client_round, exchanged, receive
+from flex_jax.federated.method import Recipe
 from flex_jax.federated.server import aggregate
 from flex_jax.federated.state import Frozen, RoundState
-from flex_jax.models.decoder import Decoder
 
 RoundFunction = Callable[..., tuple[RoundState, dict[str, jax.Array]]]
 
@@ -23,9 +21,7 @@ def cosine(round, rounds: int, first: float, last: float):
 
 
 def make_round(
-    model: Decoder,
-    rules: Rules,
-    settings: Settings,
+    recipe: Recipe,
     *,
     clients: int,
     rounds: int,
@@ -36,33 +32,31 @@ def make_round(
 ) -> RoundFunction:
     """round_fn(frozen, state, batches, cohort, num_examples) -> (state, metrics), compiled once for all rounds.
 
-    clients: N, of the federation. frozen: see `Frozen`, one copy for all clients; batches: leading axes
-    [C, steps, B, S]; cohort [C] int32, the rows of `state.clients` that take part; num_examples [C] float32. The cohort
-    is a `vmap` of `client_round`, and the server's update is in the same jit. Metrics: "clients", arrays [C]; "server",
-    the learning rate and the bytes handed to and by each client. The state is donated.
+    clients: N, of the federation. frozen: see `Frozen`, one copy for all clients; state.clients: the rows of the
+    cohort, leading axis C; batches: leading axes [C, steps, B, S]; cohort [C] int32, the numbers of its clients;
+    num_examples [C] float32. The cohort is a `vmap` of `client_round`, and the server's update is in the same jit.
+    Metrics: "clients", arrays [C], among them the bytes handed to and by each; "server", the learning rate. The state
+    is donated.
     """
 
     @partial(jax.jit, donate_argnums=1)
     def round_fn(frozen: Frozen, state: RoundState, batches: Batch, cohort, num_examples):
         rate = cosine(state.round, rounds, learning_rate, final_learning_rate)
-        download = {"shared": state.server.shared, **rules.server.broadcast(state.server.kept)}
         round_key = jax.random.fold_in(state.key, state.round)
         keys = jax.vmap(partial(jax.random.fold_in, round_key))(cohort)
-        taking_part = jax.tree.map(lambda leaf: leaf[cohort], state.clients)
+        steps = batches.tokens.shape[1]
 
-        def train(own, own_batches, key):
-            received = Received(download, own.kept, rate, own_batches.tokens.shape[0], settings)
-            arguments = received, frozen, own, own_batches, key
-            return client_round(model, rules.client, *arguments, weight_decay=weight_decay, clip_norm=clip_norm)
+        def train(client, own_batches, key):
+            received = receive(recipe, state.server, client, round=state.round, learning_rate=rate, steps=steps)
+            return client_round(
+                recipe, received, frozen, own_batches, key, weight_decay=weight_decay, clip_norm=clip_norm
+            )
 
-        updates = jax.vmap(train)(taking_part, batches, keys)
-        server = aggregate(rules.server, settings, clients, state.server, updates.upload, num_examples)
-        everyone = jax.tree.map(lambda leaf, rows: leaf.at[cohort].set(rows), state.clients, updates.state)
-        new_state = RoundState(state.round + 1, server, everyone, state.key)
-        sent = {
-            "upload_bytes": jnp.uint32(size(updates.upload) // cohort.shape[0]),
-            "download_bytes": jnp.uint32(size(download)),
-        }
-        return new_state, {"clients": updates.metrics, "server": sent | {"learning_rate": rate}}
+        updates = jax.vmap(train)(state.clients, batches, keys)
+        upload, _ = exchanged(recipe, state.server, jax.tree.map(lambda leaf: leaf[0], state.clients))
+        rule, settings = recipe.method.server, recipe.settings
+        server = aggregate(rule, settings, clients, upload, state.server, updates.upload, num_examples)
+        new_state = RoundState(state.round + 1, server, updates.state, state.key)
+        return new_state, {"clients": updates.metrics, "server": {"learning_rate": rate}}
 
     return round_fn

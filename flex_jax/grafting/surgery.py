@@ -16,7 +16,7 @@ def fill_slots(frozen: dict, chosen: jax.Array, slot: SlotConfig, key: jax.Array
     """(adapters, grafts) of one client whose layer l grafts the experts chosen[l], chosen [L, r] int32.
 
     A slot trained in full holds float32 copies of the experts; one trained by LoRA holds the pairs only, and its model
-    reads the experts from the frozen tree by the grafts. The gate starts as the experts' router rows, or closed.
+    reads the experts from the frozen tree by the grafts. A trained gate starts as the experts' router rows, or closed.
     """
     layers, _ = chosen.shape
     moe = frozen["layers"]["moe"]
@@ -41,11 +41,10 @@ def fill_slots(frozen: dict, chosen: jax.Array, slot: SlotConfig, key: jax.Array
             name: init_lora(name_key, slot.lora.rank, stack, *size)
             for name_key, (name, size) in zip(keys, sizes.items(), strict=True)
         }
-    rows = take(moe["router"], 1)  # [L, D, r]
-    if slot.gate_init == "router":
-        tree["gate"] = rows
-    else:
-        tree["gate"] = jnp.zeros_like(rows)
-        tree["gate_bias"] = jnp.full(stack, CLOSED_BIAS)
+    if slot.gate == "sigmoid":
+        rows = take(moe["router"], 1)  # [L, D, r]
+        tree["gate"] = rows if slot.gate_init == "router" else jnp.zeros_like(rows)
+        if slot.gate_init == "closed":
+            tree["gate_bias"] = jnp.full(stack, CLOSED_BIAS)
     grafts = {"expert_index": jnp.asarray(chosen, jnp.int32)}
     return tuple({"layers": {"moe": {"slot": leaves}}} for leaves in (tree, grafts))

@@ -1,7 +1,12 @@
-"""The federated methods, by name: one line each."""
+"""The federated methods, by name: one line each. `find_method` knows those of a user's own files as well."""
 
+import runpy
+import traceback
+from pathlib import Path
+
+from flex_jax.errors import InputError
+from flex_jax.federated.method import Method
 from flex_jax.methods import fedavg, fedopt, fedprox, fedsa_lora, ffa_lora, flex, local, scaffold
-from flex_jax.methods.method import Method
 
 METHODS: dict[str, Method] = {
     "fedadagrad": fedopt.FEDADAGRAD,
@@ -17,4 +22,28 @@ METHODS: dict[str, Method] = {
     "scaffold": scaffold.METHOD,
 }
 
-__all__ = ["METHODS", "Method"]
+
+def find_method(name: str) -> Method:
+    """The method of that name, or the object `attribute` of a Python file for "path/to/file.py:attribute".
+
+    Raises InputError when there is no such method, and for whatever the file raises itself, with its line.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    path, colon, attribute = name.rpartition(":")
+    if not colon:
+        raise InputError(f"method {name!r} is unknown: must be path/to/file.py:name or one of {', '.join(METHODS)}")
+    if not Path(path).is_file():
+        raise InputError(f"method {name!r}: {path} is no file")
+    try:
+        found = runpy.run_path(path).get(attribute)
+    except Exception as error:  # the file is the user's own program, which may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        place = f"{path}, line {lines[-1]}" if lines else path
+        raise InputError(f"{place}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Method):
+        raise InputError(f"method {name!r}: {attribute} in {path} must be a flex_jax.methods.Method")
+    return found
+
+
+__all__ = ["METHODS", "Method", "find_method"]

@@ -1,5 +1,5 @@
 """FedAvg on LoRA (McMahan et al. 2017, arXiv 1602.05629): every adapter is shared and averaged by examples."""
 
-from flex_jax.methods.method import Method
+from flex_jax.federated.method import Method
 
 METHOD = Method(placement=((r".*", "shared"),))

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flex_jax.federated.rules import Rules, Settings, server_optimizer
-from flex_jax.methods.method import Method
+from flex_jax.federated.method import Method, Settings
+from flex_jax.federated.server import server_optimizer
 
 
 def momentum(settings: Settings) -> optax.GradientTransformation:
@@ -24,7 +24,7 @@ def momentum(settings: Settings) -> optax.GradientTransformation:
         return {"m": jax.tree.map(jnp.zeros_like, shared), "rounds": jnp.int32(0)}
 
     def update(delta, state, shared=None):
-        beta = jnp.where(state["rounds"] == 0, 0.0, settings.server_beta1)
+        beta = jnp.where(state["rounds"] == 0, 0.0, settings.server.beta1)
         m = jax.tree.map(lambda m, d: beta * m + (1 - beta) * d, state["m"], delta)
         return m, {"m": m, "rounds": state["rounds"] + 1}
 
@@ -36,12 +36,12 @@ def adaptive(second_moment: Callable) -> Callable[[Settings], optax.GradientTran
 
     def make(settings):
         def init(shared):
-            return jax.tree.map(lambda leaf: jnp.full_like(leaf, settings.server_tau**2), shared)
+            return jax.tree.map(lambda leaf: jnp.full_like(leaf, settings.server.tau**2), shared)
 
         def update(m, v, shared=None):
-            v = jax.tree.map(lambda v, m: second_moment(v, jnp.square(m), settings.server_beta2), v, m)
+            v = jax.tree.map(lambda v, m: second_moment(v, jnp.square(m), settings.server.beta2), v, m)
             step = jax.tree.map(
-                lambda m, v: settings.server_learning_rate * m / (jnp.sqrt(v) + settings.server_tau), m, v
+                lambda m, v: settings.server.learning_rate * m / (jnp.sqrt(v) + settings.server.tau), m, v
             )
             return step, v
 
@@ -52,7 +52,7 @@ def adaptive(second_moment: Callable) -> Callable[[Settings], optax.GradientTran
 
 def method(*parts: Callable[[Settings], optax.GradientTransformation]) -> Method:
     server = server_optimizer(lambda settings: optax.chain(*(part(settings) for part in parts)))
-    return Method(placement=((r".*", "shared"),), rules=Rules(server=server))
+    return Method(placement=((r".*", "shared"),), server=server)
 
 
 FEDAVGM = method(momentum)

@@ -1,11 +1,11 @@
 """FLEx (arXiv 2506.00965): LoRA on attention is shared; the grafted expert and its gate stay with their client."""
 
-from flex_jax.methods.method import Method
+from flex_jax.federated.method import Method
 
 METHOD = Method(
     placement=(
         (r"layers/moe/slot/.*", "personal"),
         (r"(dense_)?layers/attention/.*", "shared"),
     ),
-    personal_slot=True,
+    grafts="own",
 )

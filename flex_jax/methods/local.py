@@ -1,5 +1,5 @@
 """Local: every client trains its own LoRA on its own data, and nothing is sent."""
 
-from flex_jax.methods.method import Method
+from flex_jax.federated.method import Method
 
 METHOD = Method(placement=((r".*", "personal"),))

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flex_jax.federated.rules import ClientRule, Received, Rules, ServerRule, weighted_mean
-from flex_jax.methods.method import Method
+from flex_jax.federated.method import Arrived, ClientRule, Method, Received, ServerRule, Trained, change
 
 
 def zeros(shared: dict) -> dict:
@@ -19,7 +18,7 @@ def zeros(shared: dict) -> dict:
 
 def correction(received: Received) -> dict:
     """c - c_i."""
-    return jax.tree.map(jnp.subtract, received.download["control"], received.state["control"])
+    return jax.tree.map(jnp.subtract, received.download["control"], received.client.kept["control"])
 
 
 def optimizer(received: Received, clip, adamw) -> optax.GradientTransformation:
@@ -32,26 +31,25 @@ def optimizer(received: Received, clip, adamw) -> optax.GradientTransformation:
     return optax.chain(clip, adamw, optax.stateless(correct))
 
 
-def finish(received: Received, trained: dict) -> tuple[dict, dict]:
+def finish(received: Received, trained: dict) -> Trained:
     """c_i+ = c_i - c + (x - y_i) / (K lr); the change of c_i is sent."""
-    path = received.steps * received.learning_rate
-    moved = jax.tree.map(lambda x, y: (x - y) / path, received.download["shared"], trained)
-    control = jax.tree.map(jnp.subtract, moved, correction(received))
-    change = jax.tree.map(jnp.subtract, control, received.state["control"])
-    return {"control": change}, {"control": control}
+    path, delta = received.steps * received.learning_rate, change(received, trained)
+    control = jax.tree.map(lambda moved, drift: -moved / path - drift, delta, correction(received))
+    upload = {"delta": delta, "control": jax.tree.map(jnp.subtract, control, received.client.kept["control"])}
+    return Trained(upload, trained["personal"], {"control": control})
 
 
-def update(shared, kept, uploads, weights, clients, settings) -> tuple[dict, dict]:
-    """x + weighted mean of the deltas; c + 1 / N sum of the changes of the cohort's controls."""
-    shared = optax.apply_updates(shared, weighted_mean(uploads["delta"], weights))
-    control = jax.tree.map(lambda c, change: c + change.sum(0) / clients, kept["control"], uploads["control"])
+def update(shared: dict, kept: dict, arrived: Arrived) -> tuple[dict, dict]:
+    """x + mean of the deltas; c + |S| / N times the unweighted mean of the changes of the cohort's controls."""
+    shared = optax.apply_updates(shared, arrived.mean(arrived.uploads["delta"]))
+    cohort = len(arrived.weights)
+    changes = arrived.mean(arrived.uploads["control"], weights=jnp.full(cohort, 1 / cohort), clip_norm=0.0)
+    control = jax.tree.map(lambda c, change: c + cohort / arrived.clients * change, kept["control"], changes)
     return shared, {"control": control}
 
 
 METHOD = Method(
     placement=((r".*", "shared"),),
-    rules=Rules(
-        client=ClientRule(init=zeros, optimizer=optimizer, finish=finish),
-        server=ServerRule(init=lambda shared, settings: zeros(shared), broadcast=lambda kept: kept, update=update),
-    ),
+    client=ClientRule(init=lambda shared, settings, client: zeros(shared), optimizer=optimizer, finish=finish),
+    server=ServerRule(init=lambda shared, settings, key: zeros(shared), broadcast=lambda kept: kept, update=update),
 )

@@ -85,12 +85,17 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SlotConfig:
-    """The personal slot of every MoE layer: `experts` grafted experts, trained in full or by LoRA, and their gate."""
+    """The slot of every MoE layer: `experts` grafted experts, trained in full or by LoRA, and what lets them speak.
+
+    gate: "sigmoid" a trained gate beside the layer; "none" always open; "routing" they take the place of the experts
+    they came from, under the router's own weights.
+    """
 
     experts: int = 1
     training: str = "full"  # "full" | "lora"
     lora: LoraConfig = LoraConfig()
-    gate_init: str = "router"  # "router" | "closed"
+    gate: str = "sigmoid"
+    gate_init: str = "router"  # of a trained gate: "router" | "closed"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ def frozen_matrix(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.A
 
 
 class Projection(nn.Module):
-    """A frozen linear map with, where the adapters tree has one, a LoRA beside it: [..., D] -> [..., features]."""
+    """A frozen linear map: [..., D] -> [..., features]. Beside it, where the adapters tree has them, a LoRA, and a
+    `delta` [D, features] added to its matrix: what clients have merged into the backbone, the same for all."""
 
     features: int
     use_bias: bool
@@ -28,7 +29,10 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = x @ dequantise(frozen_matrix(self, "kernel", (x.shape[-1], self.features)), x.dtype)
+        kernel = dequantise(frozen_matrix(self, "kernel", (x.shape[-1], self.features)), x.dtype)
+        if self.has_variable("adapters", "delta"):
+            kernel = kernel + self.get_variable("adapters", "delta").astype(x.dtype)
+        y = x @ kernel
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))
         if self.has_variable("adapters", "lora_a"):

@@ -68,7 +68,7 @@ class MoE(nn.Module):
         if c.shared_expert_width:
             y = y + MLP(c.shared_expert_width, c.shared_expert_gate, name="shared_expert")(tokens)
         if self.has_variable("adapters", "slot"):
-            y = y + PersonalSlot(self.slot, name="slot")(tokens, weights)
+            y = y + PersonalSlot(self.slot, name="slot")(tokens, weights, index, weight)
 
         def as_sequences(rows):
             return rows.reshape(*x.shape[:2], -1)

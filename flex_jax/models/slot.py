@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from flex_jax.models.config import SlotConfig
 from flex_jax.models.lora import lora_delta
-from flex_jax.ops.experts import ExpertWeights
+from flex_jax.ops.experts import ExpertWeights, swiglu
 from flex_jax.ops.quantised import dequantise
 
 
@@ -24,27 +24,27 @@ class SlotProjection(nn.Module):
 
 
 class PersonalSlot(nn.Module):
-    """sum_j sigmoid(g_j . x) P_j(x): what the grafted experts add to the frozen layer's output."""
+    """sum_j sigmoid(g_j . x) P_j(x): what the grafted experts add to the frozen layer's output.
+
+    Without a gate the sigmoid is 1. Under "routing" it is sum_j w_j(x) (P_j(x) - E_j(x)): the layer's output as if the
+    router, whose weight w_j is 0 for a token that it sends elsewhere, chose P_j in the place of E_j.
+    """
 
     slot: SlotConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, weights: ExpertWeights) -> jax.Array:
-        """x [T, D], weights the layer's frozen experts. Returns [T, D].
+    def __call__(self, x: jax.Array, weights: ExpertWeights, index: jax.Array, weight: jax.Array) -> jax.Array:
+        """x [T, D], weights the layer's frozen experts, index and weight [T, K] of its router. Returns [T, D].
 
-        The gate has a bias only where it starts closed. With LoRA on the experts their base weights are rows
+        A trained gate has a bias only where it starts closed. With LoRA on the experts their base weights are rows
         `expert_index` [r] of the frozen ones, read and not kept.
         """
         width = weights.down.shape[1]
+        chosen = self.get_variable("grafts", "expert_index")
+        each = jnp.broadcast_to(x, (*chosen.shape, *x.shape))
 
         def grafted(stack):
-            index = self.get_variable("grafts", "expert_index")
-            return dequantise(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), stack), x.dtype)
-
-        gate = x @ self.get_variable("adapters", "gate").astype(x.dtype)  # [T, r]
-        if self.has_variable("adapters", "gate_bias"):
-            gate = gate + self.get_variable("adapters", "gate_bias").astype(x.dtype)
-        each = jnp.broadcast_to(x, (gate.shape[-1], *x.shape))
+            return dequantise(jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), stack), x.dtype)
 
         def project(name, rows, frozen):
             return SlotProjection(self.slot, name=name)(rows, frozen)
@@ -52,4 +52,14 @@ class PersonalSlot(nn.Module):
         gated = jax.nn.silu(project("gate_proj", each, lambda: grafted(weights.gate_up)[..., :width]))
         hidden = gated * project("up_proj", each, lambda: grafted(weights.gate_up)[..., width:])
         outputs = project("down_proj", hidden, lambda: grafted(weights.down))
+        if self.slot.gate == "none":
+            return outputs.sum(0)
+        if self.slot.gate == "routing":
+            frozen = jax.vmap(lambda gate_up, down: swiglu(x @ gate_up) @ down)
+            outputs = outputs - frozen(grafted(weights.gate_up), grafted(weights.down))
+            share = jnp.einsum("tkr,tk->tr", index[..., None] == chosen, weight).astype(x.dtype)
+            return jnp.einsum("rtd,tr->td", outputs, share)
+        gate = x @ self.get_variable("adapters", "gate").astype(x.dtype)  # [T, r]
+        if self.has_variable("adapters", "gate_bias"):
+            gate = gate + self.get_variable("adapters", "gate_bias").astype(x.dtype)
         return jnp.einsum("rtd,tr->td", outputs, jax.nn.sigmoid(gate))

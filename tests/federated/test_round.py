@@ -10,11 +10,9 @@ import optax
 import pytest
 
 from flex_jax import load_pretrained
-from flex_jax.federated import round as round_module
+from flex_jax.federated.method import Recipe
 from flex_jax.federated.placement import merge
-from flex_jax.federated.plan import plan
 from flex_jax.federated.round import cosine, make_round
-from flex_jax.federated.rules import Rules, Settings
 from flex_jax.federated.start import start
 from flex_jax.methods import METHODS
 from flex_jax.models.checkpoint import save_pretrained
@@ -22,7 +20,6 @@ from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.ops.experts import dense_experts
 from flex_jax.ops.quantised import Quantised, dequantise
-from tests.federated.conftest import B, S
 
 
 def assert_trees_close(ours, expected, bound=1e-5):
@@ -87,66 +84,16 @@ def test_a_quantised_round_is_one_on_its_values(kind, training, params, model, b
     adapters = replace(model.adapters, slot=slot)
     model = model.clone(adapters=adapters, remat=True)
     settings = dict(rounds=5, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
-    round_fn = make_round(model, Rules(), Settings(), clients=4, **settings)
+    recipe = Recipe(model, METHODS["flex"])
+    round_fn = make_round(recipe, clients=4, **settings)
     chosen = np.arange(4 * model.config.layers).reshape(4, -1, 1) % model.config.experts
     after = []
     for backbone in (held, jax.tree.map(dequantise, held, is_leaf=lambda leaf: isinstance(leaf, Quantised))):
-        placement, key = METHODS["flex"].placement, jax.random.PRNGKey(7)
-        frozen, state = start(model.config, backbone, adapters, placement, chosen, clients=4, key=key)
+        frozen, state, clients = start(recipe, backbone, chosen, key=jax.random.PRNGKey(7))
+        state = state._replace(clients=clients(np.arange(4)))
         after.append(round_fn(frozen, state, batches, np.arange(4), examples)[0])
     assert_trees_close(after[0].server.shared, after[1].server.shared, 1e-4)
     assert_trees_close(after[0].clients.personal, after[1].clients.personal, 1e-4)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_server_receives_the_shared_tree_and_counts_only(name, prepared, model, batches, examples, monkeypatch):
-    """The arrays handed over, inspected where they are handed over."""
-    frozen, state = prepared(name)
-    handed = []
-
-    def spy(*arguments):
-        handed.append(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), arguments[3:]))  # after rules and numbers
-        return aggregate(*arguments)
-
-    aggregate = round_module.aggregate
-    monkeypatch.setattr(round_module, "aggregate", spy)
-    numbers = dict(rounds=1, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.0, clip_norm=1.0)
-    round_fn = make_round(model, METHODS[name].rules, Settings(), clients=4, **numbers)
-    jax.eval_shape(round_fn, frozen, state, batches, np.arange(4, dtype=np.int32), examples)
-    ((server, uploads, counts),) = handed
-    assert server.shared == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state.server.shared)
-    shared = jax.tree.map(lambda leaf: ((4, *leaf.shape), leaf.dtype), state.server.shared)
-    beside = {"scaffold": {"control": shared}}
-    assert uploads == {"delta": shared} | beside.get(name, {})
-    assert counts == ((4,), np.float32)
-
-
-def test_bytes_are_those_of_the_arrays_handed_over(prepared, one_round, model):
-    for name, shared in (("flex", 1), ("fedavg", 1), ("local", 0), ("scaffold", 2), ("fedadam", 1)):
-        frozen, state = prepared(name)
-        _, metrics = one_round(name, frozen, state)
-        shapes = dict(cohort=4, batch=B, sequence=S, remat=True)
-        planned = plan(model.config, frozen, state, METHODS[name].rules, Settings(), **shapes)
-        assert (planned.upload_bytes, planned.download_bytes) == tuple(
-            int(metrics["server"][f"{way}_bytes"]) for way in ("upload", "download")
-        )
-        expected = shared * sum(leaf.nbytes for leaf in jax.tree.leaves(state.server.shared))
-        assert (expected > 0) == (shared > 0)
-        assert int(metrics["server"]["upload_bytes"]) == int(metrics["server"]["download_bytes"]) == expected
-
-
-@pytest.mark.parametrize("name", ["flex", "local", "scaffold"])
-def test_clients_outside_the_cohort_are_untouched_bit_for_bit(name, prepared, one_round):
-    frozen, state = prepared(name)
-    after, _ = one_round(name, frozen, state, cohort=(0, 2))
-    for before, now in zip(jax.tree.leaves(state.clients), jax.tree.leaves(after.clients), strict=True):
-        np.testing.assert_array_equal(before[1], now[1])
-        np.testing.assert_array_equal(before[3], now[3])
-    changed = [
-        (a[0] != b[0]).any()
-        for a, b in zip(jax.tree.leaves(state.clients), jax.tree.leaves(after.clients), strict=True)
-    ]
-    assert any(changed)
 
 
 def test_a_client_trains_alike_whoever_else_takes_part(prepared, one_round):
@@ -165,16 +112,6 @@ def test_one_client_of_fedavg_is_that_client(prepared, one_round):
     assert_trees_close(fedavg.server.shared, jax.tree.map(lambda leaf: leaf[1], local.clients.personal))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_one_compilation_serves_all_rounds(name, prepared, round_of, one_round):
-    frozen, state = prepared(name)
-    before = round_of(name)._cache_size()
-    for _ in range(3):
-        state, _ = one_round(name, frozen, state)
-    assert int(state.round) == 3
-    assert round_of(name)._cache_size() - before <= 1
-
-
 def test_the_learning_rate_follows_a_cosine_over_rounds(prepared, one_round):
     frozen, state = prepared("fedavg")
     rates = []
@@ -190,7 +127,7 @@ def test_dropout_is_drawn_anew_in_every_round_and_the_same_again(prepared, model
     lora = replace(model.adapters.lora, dropout=0.5)
     dropping = model.clone(adapters=replace(model.adapters, lora=lora))
     numbers = dict(rounds=5, learning_rate=1e-2, final_learning_rate=1e-2, weight_decay=0.0, clip_norm=1.0)
-    round_fn = make_round(dropping, Rules(), Settings(), clients=4, **numbers)
+    round_fn = make_round(Recipe(dropping, METHODS["fedavg"]), clients=4, **numbers)
 
     def losses(number):
         frozen, state = prepared("fedavg")

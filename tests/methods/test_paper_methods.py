@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from flex_jax.federated.rules import Settings
+from flex_jax.federated.aggregation import weighted_mean
+from flex_jax.federated.method import Arrived, ClientSettings, ServerSettings, Settings
 from flex_jax.methods import METHODS
 from flex_jax.models.objective import response_loss
 
@@ -61,7 +62,7 @@ def rounds(name, prepared, one_round, cohorts, **changes):
 
 
 def test_fedprox_pulls_every_step_back_to_the_received_weights(prepared, one_round, model, params, batches, examples):
-    settings = Settings(proximal_mu=3.0)
+    settings = Settings(ClientSettings(proximal_mu=3.0))
     _, first, (after,) = rounds("fedprox", prepared, one_round, [(0, 2)], settings=settings)
     shared = first.server.shared
     trained = [plain_client(model, params, shared, [leaf[c] for leaf in batches], pull=3.0) for c in (0, 2)]
@@ -105,20 +106,20 @@ SECOND_MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("weighting", ["examples", "uniform"])
 @pytest.mark.parametrize("name", ["fedavgm", *SECOND_MOMENTS])
-def test_server_optimisers_over_four_rounds(name, weighting):
+def test_server_optimisers_over_four_rounds(name):
     """Reddi et al., algorithm 2, on one number a client, in NumPy."""
-    settings = Settings(0.0, 0.3, server_tau=0.05, server_beta1=0.6, server_beta2=0.8, weighting=weighting)
-    rule, rng = METHODS[name].rules.server, np.random.default_rng(0)
-    shares = np.array([0.2, 0.3, 0.5]) if weighting == "examples" else np.ones(3) / 3
+    settings = Settings(server=ServerSettings(learning_rate=0.3, tau=0.05, beta1=0.6, beta2=0.8))
+    rule, rng = METHODS[name].server, np.random.default_rng(0)
+    shares = np.array([0.2, 0.3, 0.5], np.float32)
     shared = {"w": np.float32(1.0)}
-    kept = rule.init(shared, settings)
+    kept = rule.init(shared, settings, None)
     w, m, v = 1.0, 0.0, 0.05**2
     for number in range(4):
         deltas = rng.normal(size=3).astype(np.float32)
         uploads = {"delta": {"w": deltas}}
-        shared, kept = rule.update(shared, kept, uploads, shares.astype(np.float32), 3, settings)
+        arrived = Arrived(uploads, shares, partial(weighted_mean, weights=shares), 3, settings)
+        shared, kept = rule.update(shared, kept, arrived)
         delta = float(shares @ deltas)
         m = delta if number == 0 or name == "fedadagrad" else 0.6 * m + 0.4 * delta
         if name == "fedavgm":
@@ -132,9 +133,9 @@ def test_server_optimisers_over_four_rounds(name, weighting):
 @pytest.mark.parametrize(
     ("name", "settings", "count"),
     [
-        ("fedprox", Settings(proximal_mu=0.0), 2),
+        ("fedprox", Settings(ClientSettings(proximal_mu=0.0)), 2),
         ("scaffold", Settings(), 1),  # its controls are zero in the first round
-        ("fedavgm", Settings(server_beta1=0.0), 2),
+        ("fedavgm", Settings(server=ServerSettings(beta1=0.0)), 2),
     ],
 )
 def test_a_method_is_fedavg_where_its_paper_says_so(name, settings, count, prepared, one_round):
@@ -146,7 +147,7 @@ def test_a_method_is_fedavg_where_its_paper_says_so(name, settings, count, prepa
 
 
 def test_clients_weigh_alike_where_that_is_asked_for(prepared, one_round, model, params, batches):
-    _, first, (after,) = rounds("fedavg", prepared, one_round, [(0, 3)], settings=Settings(weighting="uniform"))
+    _, first, (after,) = rounds("fedavg", prepared, one_round, [(0, 3)], settings=Settings(server=ServerSettings(weighting="uniform")))
     shared = first.server.shared
     trained = [plain_client(model, params, shared, [leaf[c] for leaf in batches]) for c in (0, 3)]
     assert_close(after.server.shared, mean(trained, (0.5, 0.5)), shared)
