@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from flex_jax import load_pretrained
-from flex_jax.federated.plan import size
+from flex_jax.federated.compression import tree_bytes
 from flex_jax.models.checkpoint import write_shards
 from flex_jax.models.config import ModelConfig, Rope
 from flex_jax.models.families import FAMILIES
@@ -90,7 +90,7 @@ def load(path: str, dtype: str, quantisation: str | None) -> dict:
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    held = size(frozen)
+    held = tree_bytes(frozen)
     ratios = {name: round((peak[name] - before[name]) / held, 3) for name in kinds}
     return {"parameters_gb": round(held / 1e9, 3), "load_s": round(seconds, 1)} | ratios
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from flex_jax.errors import InputError
+from flex_jax.errors import FailedRuns, InputError
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,7 +16,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(function: Callable[[list[str]], None], arguments: list[str], *, interrupted: str) -> int:
-    """Runs a command and returns its exit status: 0, 2 with one line, or 130 with the line `interrupted`.
+    """Runs a command and returns its exit status: 0, 2 with one line, 1 where runs failed, or 130 with the line
+    `interrupted`.
 
     A mistake inside the package keeps its traceback.
     """
@@ -25,6 +26,9 @@ def run_command(function: Callable[[list[str]], None], arguments: list[str], *, 
     except InputError as error:
         print("flex_jax: error:", *str(error).split(), file=sys.stderr)  # one line, whatever the message holds
         return 2
+    except FailedRuns as error:
+        print(f"flex_jax: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"flex_jax: interrupted: {interrupted}", file=sys.stderr)
         return 130

@@ -134,12 +134,17 @@ SCHEMA = {
     "client.proximal_mu": Key(0.01, _NOT_NEGATIVE, "FedProx: pull of the received weights on a client"),
     "client.ditto_lambda": Key(0.1, _NOT_NEGATIVE, "Ditto: pull of the received weights on a client's own"),
     "client.mixing_alpha": Key(0.5, _UNIT, "APFL: first share of a client's own weights in its model"),
-    "client.personal_layers": Key(1, _at_least(1), "FedPer, FedRep: last layers whose adapters stay with the client"),
+    "client.personal_layers": Key(
+        1, _at_least(1), "FedPer, FedRep: last layers whose adapters stay with the client; FedALA: that it weighs"
+    ),
+    "client.weight_learning_rate": Key(1.0, _NOT_NEGATIVE, "FedALA: eta of the weights that it aggregates with"),
     "client.personal_steps": Key(0.5, _SHARE, "FedRep, FedDPA: share of a round's steps on what is personal"),
     "client.sync_every": Key(10, _at_least(1), "FDLoRA: rounds between copies of the shared adapter to the own one"),
     "client.ranks": Key((), _RANKS, "FLoRA, FlexLoRA, HetLoRA: ranks of the clients, in turn; () is lora.rank for all"),
     "client.rank_decay": Key(0.99, _SHARE, "HetLoRA: part of its ranks that a client prunes to; 1 prunes none"),
     "client.rank_lambda": Key(5e-3, _NOT_NEGATIVE, "HetLoRA: penalty on the ranks that may be pruned"),
+    "client.lora_experts": Key(4, _at_least(1), "FedAMoLE: LoRA experts beside a projection, but for the common one"),
+    "client.held_experts": Key(2, _at_least(1), "FedAMoLE: how many of them a client holds; a token goes to two"),
     "client.compression": Key(
         "none", _one_of("none", "bfloat16", "int8", "topk"), "how uploads are made smaller, for every method"
     ),

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""What a program ends with, but for mistakes inside the package: those keep their traceback."""
 
 
 class InputError(Exception):
@@ -7,3 +7,7 @@ class InputError(Exception):
     Its message is one line that names the thing, its place and what is allowed; the program prints it and exits
     with status 2.
     """
+
+
+class FailedRuns(Exception):
+    """Some runs of an experiment broke off, the others are finished; the program prints the message, status 1."""

@@ -1,6 +1,8 @@
 """A whole experiment: build, plan, run every method with every seed, report."""
 
 import json
+import sys
+import traceback
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,12 +15,13 @@ from flex_jax.data.batches import encode_client, evaluation_batches
 from flex_jax.data.partition import ClientRecords, partition
 from flex_jax.data.prompts import encode_prompt
 from flex_jax.data.sources import load_records
-from flex_jax.errors import InputError
+from flex_jax.errors import FailedRuns, InputError
 from flex_jax.evaluation.evaluate import HeldOut
+from flex_jax.federated.cohort import read_availability
 from flex_jax.methods import Method, find_method
 from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import plan_table, summary_table
-from flex_jax.reporting.writers import MetricsWriter, read_metrics, summarise, write_json
+from flex_jax.reporting.writers import MetricsWriter, read_metrics, summarise, write_json, write_text
 from flex_jax.simulation import Backbone, Federation, describe, load_backbone, run_one
 
 
@@ -26,12 +29,17 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     """Run a validated config's methods x seeds under `workdir`, and return what results.json holds.
 
     Finished runs that are in the work directory already are kept and an interrupted one goes on from its newest
-    checkpoint. Raises InputError for a mistake in the config, the data or the checkpoint, or when the work directory
-    belongs to another config.
+    checkpoint. A run that fails does not keep the others from running: it is in results.json under "failures", its
+    traceback under failures/, and the same command tries it again.
+
+    Raises InputError for a mistake in the config, the data or the checkpoint, or when the work directory belongs to
+    another config; FailedRuns, at the end, when a run failed.
     """
     methods = {name: find_method(for_method(config, name).method) for name in config.methods}
     backbone = load_backbone(config)
     check_slots(config, backbone, methods)
+    if config.availability:
+        read_availability(config.availability, config.clients, config.cohort or config.clients)
     records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
     federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
     rows = [describe(config, backbone, name) for name in config.methods]
@@ -40,19 +48,40 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     print(plan_table(rows), flush=True)
     results = load_results(workdir)
     done = {(finished["method"], finished["seed"]) for finished in results["runs"]}
+    results["failures"] = []
     for name in config.methods:
         compiled = {}  # one compilation serves all rounds and seeds of a method
         for seed in config.seeds:
-            if (name, seed) not in done:
+            if (name, seed) in done:
+                continue
+            try:
                 finished = run_one(config, backbone, federations[seed], name, seed, workdir, metrics, compiled)
+            except Exception as error:  # whatever breaks one method must not lose the others
+                results["failures"].append(failure(workdir, name, seed, error))
+            else:
                 results["runs"].append(finished)
-                results["summary"] = summarise(results["runs"])
-                write_json(workdir / "results.json", results)
-    notes = [fairness(config, results), *([config.note] if config.note else [])]
-    write_report(workdir / "report.html", results, read_metrics(metrics.path), notes=notes, config=config.to_dict())
-    print(summary_table(results))
-    print(f"report: {workdir / 'report.html'}")
+            results["summary"] = summarise(results["runs"])
+            write_json(workdir / "results.json", results)
+    if results["runs"]:
+        notes = [fairness(config, results), *([config.note] if config.note else [])]
+        write_report(workdir / "report.html", results, read_metrics(metrics.path), notes=notes, config=config.to_dict())
+        write_text(workdir / "summary.txt", f"{summary_table(results)}\n")
+        print(summary_table(results))
+        print(f"report: {workdir / 'report.html'}")
+    if failed := results["failures"]:
+        first = f"{failed[0]['method']} seed {failed[0]['seed']}: {failed[0]['error']}"
+        runs = len(config.methods) * len(config.seeds)
+        raise FailedRuns(f"{len(failed)} of {runs} runs failed ({first}): see {workdir / 'failures'}")
     return results
+
+
+def failure(workdir: Path, name: str, seed: int, error: Exception) -> dict:
+    """The entry of results.json for a run that broke off; its traceback goes to a file."""
+    (workdir / "failures").mkdir(exist_ok=True)
+    write_text(workdir / "failures" / f"{name}-seed{seed}.txt", "".join(traceback.format_exception(error)))
+    line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    print(f"flex_jax: {name} seed {seed} failed: {line}", file=sys.stderr)
+    return {"method": name, "seed": seed, "error": line}
 
 
 def check_slots(config: ConfigDict, backbone: Backbone, methods: dict[str, Method]) -> None:
@@ -119,7 +148,7 @@ def load_results(workdir: Path) -> dict:
 def fairness(config: ConfigDict, results: dict) -> str:
     """What the methods had alike and what not, in a sentence for the report."""
     per_client = []
-    for name in config.methods:
+    for name in dict.fromkeys(run["method"] for run in results["runs"]):
         parameters = next(run["parameters"] for run in results["runs"] if run["method"] == name)
         trained = parameters["shared"] + parameters["personal_per_client"]
         rate = for_method(config, name).optimizer.learning_rate

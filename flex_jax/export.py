@@ -55,6 +55,17 @@ def whole_directory(out: Path):
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_adapters(wanted: str, name: str, leaves: set[str], slot_gate: str | None) -> None:
+    """Raises InputError where a format has no place for adapters with such `leaves` (last parts of their paths) or for
+    a slot of that gate, None for no slot."""
+    if "experts_a" in leaves:
+        raise InputError(f"--format {wanted}: {name} has a mixture of LoRA experts: no format has that")
+    if "delta" in leaves and wanted == "peft":
+        raise InputError(f"--format peft: {name} has merged adapters into the backbone; use hf-merged")
+    if slot_gate == "routing":
+        raise InputError(f"--format {wanted}: {name} has its experts under the router: no format has that")
+
+
 def check_format(wanted: str, client: str, name: str, family, *, lora: bool, slot: bool) -> None:
     """Raises InputError when the format cannot hold the model of this client. lora, slot: whether it has these."""
     if not lora:
@@ -81,6 +92,7 @@ def export(arguments: list[str]) -> None:
     """Runs the command; raises InputError for a mistake that the user can mend."""
     options = parse(arguments)
     import jax  # after the parsing: JAX takes seconds to import
+    from flax.traverse_util import flatten_dict
 
     from flex_jax.federated.client import collections
     from flex_jax.models.checkpoint import find_checkpoint
@@ -98,6 +110,8 @@ def export(arguments: list[str]) -> None:
     family = FAMILIES[model.config.family]
     slot = personal_slot(adapters) is not None
     lora = has_adapter(model.config, adapters)
+    leaves = {path[-1] for path in flatten_dict(adapters)}
+    check_adapters(options.format, trained.name, leaves, model.adapters.slot.gate if slot else None)
     check_format(options.format, options.client, trained.name, family, lora=lora, slot=slot)
     name = checkpoint_name(trained.config)
     base, local = find_checkpoint(name), Path(name).expanduser()

@@ -231,7 +231,7 @@ def train(
             "round_s": seconds,
             "train_tokens_per_s": speed,
         } | {metric: value.item() for metric, value in measured["server"].items()}
-        checkpoints.save(state, cohort)
+        checkpoints.hold(cohort, state.clients)
         every = config.evaluation.every
         if every and (number + 1) % every == 0:
             for group in cohorts(config):
@@ -241,6 +241,7 @@ def train(
                 for client, value in zip(group, losses, strict=True):
                     lines.setdefault(int(client), {})["eval_loss"] = float(value)
         metrics.write(f"{name}-seed{seed}", name, seed, number, lines)
+        checkpoints.save(state)
         progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
     return state, compile_seconds
 

@@ -14,8 +14,7 @@ from flex_jax.config import default_config, for_method, validate
 from flex_jax.errors import InputError
 from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.federated.method import Recipe
-from flex_jax.federated.start import NO_CLIENTS
-from flex_jax.federated.state import ClientState, Frozen, RoundState
+from flex_jax.federated.state import NO_CLIENTS, ClientState, Frozen, RoundState
 from flex_jax.simulation import Backbone, any_run, load_backbone
 
 SHARED = "shared"  # in the place of a client: the aggregated model, without anything personal

@@ -204,7 +204,7 @@ def test_more_grafted_experts_than_experts(checkpoint, tmp_path, capsys):
 
 def test_an_unknown_method_and_an_unknown_category(checkpoint, tmp_path, capsys):
     command = arguments(checkpoint, tmp_path / "run", "--config.methods='flax',")
-    assert_refused(command, "unknown method 'flax'; known: fedadagrad, ", capsys, tmp_path / "run")
+    assert_refused(command, "'flax' is unknown: must be path/to/file.py:name or one of ", capsys, tmp_path / "run")
     command = arguments(checkpoint, tmp_path / "run", "--config.data.categories='poetry',")
     assert_refused(command, "poetry", capsys, tmp_path / "run")
 

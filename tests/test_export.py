@@ -13,7 +13,7 @@ from flex_jax import export, load_pretrained
 from flex_jax.main import main
 from flex_jax.models import personalised
 from flex_jax.models.families import FAMILIES
-from flex_jax.trained import open_run
+from flex_jax.trained import clients_of, open_run
 from tests.test_experiment import arguments, checkpoint  # noqa: F401  (a fixture)
 
 ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
@@ -74,7 +74,7 @@ def test_hf_holds_everything_and_hf_merged_plain_weights(workdir, checkpoint, tm
     raw, base = (json.loads((path / "config.json").read_text()) for path in (out, checkpoint))
     assert raw["flex"] == {"personal_experts": 1, "expert_width": 8, "gate_bias": False}
     assert raw["eos_token_id"] == base["eos_token_id"] and raw["model_type"] == base["model_type"]
-    slots = open_run(workdir).state.clients.personal["layers"]["moe"]["slot"]["up_proj"]["kernel"]
+    slots = clients_of(open_run(workdir), [0, 1, 2, 3]).personal["layers"]["moe"]["slot"]["up_proj"]["kernel"]
     held = load_file(out / MODEL)["model.layers.2.mlp.personal.experts.0.up_proj.weight"]
     np.testing.assert_array_equal(held, np.asarray(slots)[1, 2, 0].T)
 
@@ -164,9 +164,8 @@ def test_a_run_starts_from_an_exported_adapter(workdir, checkpoint, tmp_path, ca
     assert main(arguments(checkpoint, tmp_path / "run", *flags, *still)) == 0
     again = open_run(tmp_path / "run", "fedavg").state.server.shared
     jax.tree.map(np.testing.assert_array_equal, again, held)
-    for leaf, own in zip(
-        jax.tree.leaves(open_run(tmp_path / "run", "local").state.clients.personal), jax.tree.leaves(held), strict=True
-    ):
+    local = clients_of(open_run(tmp_path / "run", "local"), [0, 1, 2, 3]).personal
+    for leaf, own in zip(jax.tree.leaves(local), jax.tree.leaves(held), strict=True):
         np.testing.assert_array_equal(leaf, np.broadcast_to(own, leaf.shape))
 
     command = arguments(checkpoint, tmp_path / "other", *flags, "--config.overrides.local.lora.rank=3")

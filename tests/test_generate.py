@@ -17,7 +17,7 @@ from flex_jax.evaluation.answers import converse
 from flex_jax.federated.placement import merge
 from flex_jax.generate import main
 from flex_jax.main import main as train
-from flex_jax.trained import open_run
+from flex_jax.trained import clients_of, open_run
 
 ROOT = Path(__file__).parents[1]
 NEW = 10
@@ -81,19 +81,21 @@ def turns(answers):
 
 
 @partial(jax.jit, static_argnums=0)
-def next_logits(model, params, adapters, tokens, length):
-    return model.apply({"params": params, "adapters": adapters}, tokens).logits[0, length - 1]
+def next_logits(model, variables, tokens, length):
+    return model.apply(variables, tokens).logits[0, length - 1]
 
 
 def naive(trained, client, ids):
     """The greedy continuation of one client or, for None, of the shared adapters alone; without a cache."""
-    adapters = trained.state.server.shared
+    own = clients_of(trained, [client])
     if client is not None:
-        adapters = merge(adapters, jax.tree.map(lambda leaf: leaf[client], trained.state.clients.personal))
+        own = jax.tree.map(lambda leaf: leaf[0], own)
+    adapters = merge(trained.state.server.shared, own.personal)
+    variables = {"params": trained.frozen.params, "adapters": adapters, "grafts": own.grafts}
     ids, new = list(ids), []
     while len(new) < NEW:
         tokens = jnp.array([[*ids, *[0] * (160 - len(ids))]])
-        new.append(int(next_logits(trained.model, trained.frozen.params, adapters, tokens, len(ids)).argmax()))
+        new.append(int(next_logits(trained.recipe.model, variables, tokens, len(ids)).argmax()))
         if new[-1] == trained.backbone.tokenizer.eos_token_id:
             return new[:-1]
         ids.append(new[-1])
@@ -295,10 +297,10 @@ def test_a_broken_config_of_the_run(tmp_path, capsys):
     [
         ("config.json", {"clients": 3}, "flex-seed0: damaged, or not of the config.json beside it"),
         ("config.json", {"methods": []}, "config.methods is"),
-        ("config.json", {"methods": ["flox"]}, "unknown method 'flox'"),
+        ("config.json", {"methods": ["flox"]}, "method 'flox' is unknown"),
         ("config.json", {"rank": 3}, "not the config of a run of this version"),
         ("results.json", {"runs": []}, "results.json: not the results of a run"),
-        ("checkpoints/flex-seed0/1/default/manifest.ocdbt", None, "flex-seed0: damaged"),
+        ("checkpoints/flex-seed0/server/1/default/manifest.ocdbt", None, "flex-seed0: damaged"),
     ],
 )
 def test_a_damaged_run_is_one_line(workdir, tmp_path, capsys, file, change, words):

@@ -13,7 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import load_file, save_file
 
-from flex_jax.federated.state import ClientState, RoundState
+from flex_jax.federated.state import NO_CLIENTS, ClientState, RoundState
+
+
+def load_row(file: Path) -> list[np.ndarray]:
+    """The leaves of one client, in order."""
+    row = load_file(file)
+    return [row[str(i)] for i in range(len(row))]
 
 
 class Checkpoints:
@@ -33,7 +39,7 @@ class Checkpoints:
         self._rows.mkdir(exist_ok=True)
         self._fresh = fresh
         self._newest = np.zeros(clients, np.int32)  # the round after which a client's row was written; 0: never
-        self._resident: tuple[bytes, ClientState] | None = None  # the last cohort and its rows, still on the device
+        self._held = np.zeros(0, np.int32), NO_CLIENTS  # the last cohort and its rows, still on the device
         self._writer, self._saving = ThreadPoolExecutor(1), Future()
         self._saving.set_result(None)
 
@@ -46,37 +52,49 @@ class Checkpoints:
         if error[0] is None:
             self._saving.result()
 
+    def hold(self, numbers: np.ndarray, rows: ClientState) -> None:
+        """Take `rows` as the newest of the clients `numbers` [C], before they are saved."""
+        self._held = np.asarray(numbers, np.int32), rows
+
     def load(self, numbers: np.ndarray) -> ClientState:
-        """The newest rows of the clients `numbers` [C], leading axis C."""
-        numbers = np.asarray(numbers, np.int32)
-        if self._resident and self._resident[0] == numbers.tobytes():
-            return self._resident[1]
-        self._saving.result()
-        if not self._newest[numbers].any():
+        """The newest rows of the clients `numbers` [C], leading axis C; those held as they are, on the device."""
+        numbers, (held_numbers, held_rows) = np.asarray(numbers, np.int32), self._held
+        if np.array_equal(numbers, held_numbers):
+            return held_rows
+        held = {number: position for position, number in enumerate(held_numbers.tolist())}
+        on_disk = [number for number in numbers.tolist() if self._newest[number] and number not in held]
+        if not on_disk and not held.keys() & set(numbers.tolist()):
             return self._fresh(numbers)
-        rows = jax.tree.map(np.array, self._fresh(numbers))
-        leaves, structure = jax.tree.flatten(rows)
-        for position in np.flatnonzero(self._newest[numbers]):
-            held = load_file(self._file(numbers[position], self._newest[numbers[position]]))
-            for i, leaf in enumerate(leaves):
-                leaf[position] = held[str(i)]
+        leaves, structure = jax.tree.flatten(jax.tree.map(np.array, self._fresh(numbers)))
+        held_leaves = jax.tree.map(np.asarray, jax.tree.leaves(held_rows))
+        for position, number in enumerate(numbers.tolist()):
+            if number in held:
+                row = [leaf[held[number]] for leaf in held_leaves]
+            elif number in on_disk:
+                row = load_row(self._file(number, self._newest[number]))
+            else:
+                continue
+            for leaf, new in zip(leaves, row, strict=True):
+                leaf[position] = new
         return jax.tree.unflatten(structure, leaves)
 
-    def save(self, state: RoundState, numbers: np.ndarray) -> None:
-        """Save after round `state.round`, in which the clients `numbers` [C] took part. The copy off the device is made
-        before this returns, the rest in the background."""
+    def save(self, state: RoundState) -> None:
+        """Save after round `state.round` what it left at the server and the rows that are held. The copy off the device
+        is made before this returns, the rest in the background."""
         self._saving.result()  # one at a time; and an error of the last save is raised here
-        self._resident = np.asarray(numbers, np.int32).tobytes(), state.clients
-        held = jax.tree.map(np.array, state._replace(clients=jax.tree.leaves(state.clients)))
-        self._saving = self._writer.submit(self._write, held, np.array(numbers))
+        numbers, rows = self._held
+        held = jax.tree.map(np.array, state._replace(clients=jax.tree.leaves(rows)))
+        self._saving = self._writer.submit(self._write, held, numbers)
 
     def restore(self, like: RoundState) -> RoundState | None:
         """The newest saved state, in the structure, shapes and dtypes of `like`, without clients: `load` gives their
-        rows. None when there is none."""
+        rows. None when there is none. Raises ValueError when it is of another number of clients."""
         if self._manager.latest_step() is None:
             return None
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._saved(like, self._newest))
         saved = self._manager.restore(self._manager.latest_step(), args=ocp.args.StandardRestore(target))
+        if int(saved["clients"]) != len(self._newest):  # orbax cuts or fills an array of another length
+            raise ValueError(f"it is of {int(saved['clients'])} clients, not {len(self._newest)}")
         self._newest = np.array(saved["newest"])
         return like._replace(**{name: saved[name] for name in ("round", "server", "key")})
 
@@ -85,8 +103,8 @@ class Checkpoints:
         old = [self._file(number, newest[number]) for number in numbers if newest[number]]
         if held.clients:
             for position, number in enumerate(numbers):
-                leaves = {str(i): np.ascontiguousarray(leaf[position]) for i, leaf in enumerate(held.clients)}
-                save_file(leaves, self._file(number, round))
+                row = {str(i): np.ascontiguousarray(leaf[position]) for i, leaf in enumerate(held.clients)}
+                save_file(row, self._file(number, round))
             newest[numbers] = round
         self._manager.save(round, args=ocp.args.StandardSave(self._saved(held, newest)))
         self._newest = newest
@@ -98,4 +116,5 @@ class Checkpoints:
 
     @staticmethod
     def _saved(state: RoundState, newest: np.ndarray) -> dict:
-        return {"round": state.round, "server": state.server, "key": state.key, "newest": newest}
+        clients = np.array(len(newest), np.int32)
+        return {"round": state.round, "server": state.server, "key": state.key, "newest": newest, "clients": clients}

@@ -23,11 +23,14 @@ class ClientSettings(NamedTuple):
     ditto_lambda: float = 0.1
     mixing_alpha: float = 0.5
     personal_layers: int = 1
+    weight_learning_rate: float = 1.0
     personal_steps: float = 0.5
     sync_every: int = 10
     ranks: tuple[int, ...] = ()
     rank_decay: float = 0.99
     rank_lambda: float = 5e-3
+    lora_experts: int = 4
+    held_experts: int = 2
     compression: str = "none"
     compression_fraction: float = 0.1
 
@@ -155,16 +158,16 @@ class Method(NamedTuple):
     """The choices that make a federated method.
 
     A method's adapters are one tree. `build` makes it of the model's own (LoRA on attention, and the slots where there
-    are any) and a key; `placement` gives each leaf its role; `compose` makes the model's adapters of it again, for
-    training and for evaluation. The tree that compose is given may lack what the method does not train, and for the
-    aggregated model lacks what is personal.
+    are any), a key and the settings; `placement` gives each leaf its role; `compose` makes the model's adapters of it
+    again, for training and for evaluation. The tree that compose is given may lack what the method does not train, and
+    for the aggregated model lacks what is personal.
     """
 
     placement: Placement
     grafts: str = "none"  # "own": slots for the experts a client grafts; "all": for every expert, clients take theirs
     client: ClientRule = ClientRule()
     server: ServerRule = ServerRule()
-    build: Callable[[dict, jax.Array], dict] = lambda adapters, key: adapters
+    build: Callable[[dict, jax.Array, Settings], dict] = lambda adapters, key, settings: adapters
     compose: Callable[[dict, Received], dict] = lambda tree, received: tree
     common: bool = True  # whether the shared part alone makes a model
 

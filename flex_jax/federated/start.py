@@ -11,11 +11,9 @@ from flex_jax.federated.client import exchanged
 from flex_jax.federated.compression import init_residual
 from flex_jax.federated.method import Recipe
 from flex_jax.federated.placement import Roles, merge, split
-from flex_jax.federated.state import ClientState, Frozen, RoundState, ServerState
+from flex_jax.federated.state import NO_CLIENTS, ClientState, Frozen, RoundState, ServerState
 from flex_jax.grafting.surgery import fill_slots
 from flex_jax.models.adapters import init_attention_lora
-
-NO_CLIENTS = ClientState({}, {}, {}, {})
 
 
 class Start(NamedTuple):
@@ -47,7 +45,7 @@ def start(
             if method.grafts == "all":
                 slots, _ = fill_slots(params, everyone, model.adapters.slot, slot_key)
             adapters = merge(adapters, slots)
-        return split(method.build(adapters, build_key), method.placement), grafts
+        return split(method.build(adapters, build_key, settings), method.placement), grafts
 
     def nobody(params):
         experts = jnp.zeros((config.moe_layers, model.adapters.slot.experts), jnp.int32)

@@ -26,6 +26,9 @@ class ClientState(NamedTuple):
     residual: dict  # what a lossy compression has not sent yet
 
 
+NO_CLIENTS = ClientState({}, {}, {}, {})
+
+
 class ClientUpdate(NamedTuple):
     """What comes out of one client's round. The server is handed `upload` and the number of examples, nothing else."""
 

@@ -2,27 +2,64 @@
 
 import runpy
 import traceback
+from functools import cache
 from pathlib import Path
 
 from flex_jax.errors import InputError
 from flex_jax.federated.method import Method
-from flex_jax.methods import fedavg, fedopt, fedprox, fedsa_lora, ffa_lora, flex, local, scaffold
+from flex_jax.methods import (
+    apfl,
+    ditto,
+    fdlora,
+    fedala,
+    fedamole,
+    fedavg,
+    feddpa,
+    fedit,
+    fedmoe,
+    fedopt,
+    fedper,
+    fedprox,
+    fedrep,
+    fedsa_lora,
+    ffa_lora,
+    flex,
+    flexlora,
+    flora,
+    hetlora,
+    local,
+    scaffold,
+)
 
 METHODS: dict[str, Method] = {
+    "apfl": apfl.METHOD,
+    "ditto": ditto.METHOD,
+    "fdlora": fdlora.METHOD,
     "fedadagrad": fedopt.FEDADAGRAD,
     "fedadam": fedopt.FEDADAM,
+    "fedala": fedala.METHOD,
+    "fedamole": fedamole.METHOD,
     "fedavg": fedavg.METHOD,
     "fedavgm": fedopt.FEDAVGM,
+    "feddpa": feddpa.METHOD,
+    "fedit": fedit.METHOD,
+    "fedmoe": fedmoe.METHOD,
+    "fedper": fedper.METHOD,
     "fedprox": fedprox.METHOD,
+    "fedrep": fedrep.METHOD,
     "fedsa_lora": fedsa_lora.METHOD,
     "fedyogi": fedopt.FEDYOGI,
     "ffa_lora": ffa_lora.METHOD,
     "flex": flex.METHOD,
+    "flexlora": flexlora.METHOD,
+    "flora": flora.METHOD,
+    "hetlora": hetlora.METHOD,
     "local": local.METHOD,
     "scaffold": scaffold.METHOD,
 }
 
 
+@cache  # equal methods compile once
 def find_method(name: str) -> Method:
     """The method of that name, or the object `attribute` of a Python file for "path/to/file.py:attribute".
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from flex_jax.models.config import LoraConfig
-from flex_jax.models.lora import lora_delta
+from flex_jax.models.lora import lora_delta, lora_experts_delta
 from flex_jax.ops.experts import swiglu
 from flex_jax.ops.quantised import Quantised, dequantise
 
@@ -21,7 +21,7 @@ def frozen_matrix(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.A
 
 class Projection(nn.Module):
     """A frozen linear map: [..., D] -> [..., features]. Beside it, where the adapters tree has them, a LoRA, and a
-    `delta` [D, features] added to its matrix: what clients have merged into the backbone, the same for all."""
+    `delta` [D, features]: what clients have merged, the same for all, as a sum of A B that is scaled as a LoRA is."""
 
     features: int
     use_bias: bool
@@ -30,13 +30,16 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = dequantise(frozen_matrix(self, "kernel", (x.shape[-1], self.features)), x.dtype)
-        if self.has_variable("adapters", "delta"):
-            kernel = kernel + self.get_variable("adapters", "delta").astype(x.dtype)
         y = x @ kernel
+        if self.has_variable("adapters", "delta"):  # not added to the kernel, of whose bfloat16 it may be no last digit
+            delta = self.get_variable("adapters", "delta") * (self.lora.alpha / self.lora.rank)
+            y = y + x @ delta.astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))
         if self.has_variable("adapters", "lora_a"):
             y = y + lora_delta(self, self.lora, x)
+        if self.has_variable("adapters", "experts_a"):
+            y = y + lora_experts_delta(self, self.lora, x)
         return y
 
 

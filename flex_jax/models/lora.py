@@ -15,10 +15,35 @@ def lora_delta(module: nn.Module, lora: LoraConfig, x: jax.Array) -> jax.Array:
     Dropout is active where the caller gives the random stream "dropout": in training.
     """
     a, b = (module.get_variable("adapters", name).astype(x.dtype) for name in ("lora_a", "lora_b"))
-    if lora.dropout and module.has_rng(DROPOUT):
-        keep = jax.random.bernoulli(module.make_rng(DROPOUT), 1.0 - lora.dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - lora.dropout), 0.0)
-    return (x @ a) @ b * (lora.alpha / lora.rank)
+    return (dropped(module, lora, x) @ a) @ b * (lora.alpha / lora.rank)
+
+
+def lora_experts_delta(module: nn.Module, lora: LoraConfig, x: jax.Array) -> jax.Array:
+    """sum of g_e alpha / rank * dropout(x) A_e B_e over a token's two best LoRA experts e (FedAMoLE, arXiv 2411.19128).
+
+    A = `experts_a` [n, D, R], B = `experts_b` [n, R, F]. The experts' own A are what a token is compared with:
+    logits (x P) . (x A_e) / sqrt(R), P = `router` [D, R]; g is their softmax, of the two to a sum of one.
+    """
+    names = ("experts_a", "experts_b", "router")
+    a, b, router = (module.get_variable("adapters", name).astype(x.dtype) for name in names)
+    experts, _, rank = a.shape
+
+    def embed(x):
+        return jnp.einsum("...d,ndr->...nr", x, a)
+
+    logits = jnp.einsum("...r,...nr->...n", x @ router, embed(x)).astype(jnp.float32) * rank**-0.5
+    best, index = jax.lax.top_k(logits, min(2, experts))
+    gates = jnp.einsum("...k,...kn->...n", jax.nn.softmax(best), jax.nn.one_hot(index, experts)).astype(x.dtype)
+    hidden = gates[..., None] * embed(dropped(module, lora, x))
+    return jnp.einsum("...nr,nrf->...f", hidden, b) * (lora.alpha / lora.rank)
+
+
+def dropped(module: nn.Module, lora: LoraConfig, x: jax.Array) -> jax.Array:
+    """dropout(x), which is x where the module has no random stream for it."""
+    if not (lora.dropout and module.has_rng(DROPOUT)):
+        return x
+    keep = jax.random.bernoulli(module.make_rng(DROPOUT), 1.0 - lora.dropout, x.shape)
+    return jnp.where(keep, x / (1.0 - lora.dropout), 0.0)
 
 
 def init_lora(key: jax.Array, rank: int, stack: tuple[int, ...], inputs: int, outputs: int) -> dict:

@@ -69,15 +69,16 @@ def save_adapter(path: Path, config: ModelConfig, adapters: dict, lora: LoraConf
     """Write the attention LoRA of an adapters tree, A [L, D, R] and B [L, R, F] of each projection, as a PEFT adapter
     of the checkpoint `base`, a directory or a Hub name. Whatever else is in the tree is left out."""
     flat = flatten_dict(adapters, sep="/")
-    table = adapter_tensors(config, lora.rank)
+    rank = flat[adapter_tensors(config, lora.rank)[0].path].shape[-1]  # two adapters joined have twice that of `lora`
+    table = adapter_tensors(config, rank)
     tensors = {name: part for row in table for name, part in row.disassemble(np.asarray(flat[row.path]))}
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     raw = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": rank,
+        "lora_alpha": lora.alpha * rank / lora.rank,
         "lora_dropout": lora.dropout,
         "target_modules": [DISK_NAMES.get(name, name) for name in adapted_projections(config)],
         "bias": "none",

@@ -16,6 +16,7 @@ from flex_jax.models.families import FAMILIES
 from flex_jax.models.tensors import Tensor
 from flex_jax.ops.quantised import dequantise
 
+OPEN_BIAS = 40.0  # of a slot without a gate, which modeling_flex.py does not know: its sigmoid is 1 in float32
 MODELING = Path(__file__).with_name("modeling_flex.py")  # the model's code for transformers, copied and not imported
 COPIED = (  # of a checkpoint, beside weights and config.json
     "tokenizer*",
@@ -29,16 +30,18 @@ COPIED = (  # of a checkpoint, beside weights and config.json
 
 
 def merge_lora(frozen: dict, adapters: dict, lora: LoraConfig) -> dict:
-    """The frozen tree with alpha / rank * A B added to each kernel that has a LoRA beside it: computed in float32, held
-    plain in the kernel's dtype. The personal slot, if any, is not looked at."""
+    """The frozen tree with alpha / rank * A B added to each kernel that has a LoRA beside it, and alpha / rank * delta
+    where there is one: computed in float32, held plain in the kernel's dtype. The personal slot, if any, is not looked
+    at."""
     flat, merged = flatten_dict(adapters, sep="/"), flatten_dict(frozen, sep="/")
-    for path, a in flat.items():
+    for path, leaf in flat.items():
         *module, name = path.split("/")
-        if name == "lora_a" and "slot" not in module:
+        if name in ("lora_a", "delta") and "slot" not in module:
             kernel = "/".join((*module, "kernel"))
-            delta = _product(a, flat["/".join((*module, "lora_b"))], lora)
+            pair = "/".join((*module, "lora_b"))
+            change = _product(leaf, flat[pair], lora) if name == "lora_a" else lora.alpha / lora.rank * leaf
             plain = dequantise(merged[kernel])
-            merged[kernel] = (plain.astype(jnp.float32) + delta).astype(plain.dtype)
+            merged[kernel] = (plain.astype(jnp.float32) + change).astype(plain.dtype)
     return unflatten_dict(merged, sep="/")
 
 
@@ -67,7 +70,12 @@ def full_slot(frozen: dict, slot: dict, expert_index: jax.Array, config: SlotCon
         held = slot[name]
         return held["kernel"] if "kernel" in held else weights() + _product(held["lora_a"], held["lora_b"], config.lora)
 
-    return {name: slot[name] for name in ("gate", "gate_bias") if name in slot} | {
+    gate = {name: slot[name] for name in ("gate", "gate_bias") if name in slot}
+    if config.gate == "none":
+        layers, experts = expert_index.shape
+        zero = jnp.zeros((layers, moe["router"].shape[1], experts))
+        gate = {"gate": zero, "gate_bias": jnp.full((layers, experts), OPEN_BIAS)}
+    return gate | {
         "gate_proj": full("gate_proj", lambda: jnp.split(grafted(moe["gate_up"]), 2, axis=-1)[0]),
         "up_proj": full("up_proj", lambda: jnp.split(grafted(moe["gate_up"]), 2, axis=-1)[1]),
         "down_proj": full("down_proj", lambda: grafted(moe["down"])),

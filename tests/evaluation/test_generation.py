@@ -11,8 +11,10 @@ import pytest
 from flex_jax.data.batches import Batch
 from flex_jax.evaluation.generation import Sampling, generate, generate_tokens, pad_prompts
 from flex_jax.evaluation.loss import evaluation_loss
+from flex_jax.federated.method import Recipe
 from flex_jax.federated.placement import merge
 from flex_jax.federated.start import start
+from flex_jax.federated.state import ServerState
 from flex_jax.methods import METHODS
 from flex_jax.models.config import Rope
 from flex_jax.models.decoder import Decoder
@@ -46,20 +48,23 @@ def model_config(request, model_config):
 def federation(model, model_config, params):
     """Four FLEx clients whose adapters have moved away from their start."""
     chosen = np.arange(CLIENTS * model_config.moe_layers).reshape(CLIENTS, -1, 1) % model_config.experts
-    placement = METHODS["flex"].placement
-    frozen, state = start(
-        model_config, params, model.adapters, placement, chosen, clients=CLIENTS, key=jax.random.PRNGKey(0)
-    )
+    frozen, state, clients = start(Recipe(model, METHODS["flex"]), params, chosen, key=jax.random.PRNGKey(0))
+    clients = clients(np.arange(CLIENTS))
     keys = iter(jax.random.split(jax.random.PRNGKey(1), 100))
     moved = [jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), tree)
-             for tree in (state.server.shared, state.clients.personal)]
-    return frozen, moved[0], state.clients._replace(personal=moved[1])
+             for tree in (state.server.shared, clients.personal)]
+    return frozen, ServerState(moved[0], {}), clients._replace(personal=moved[1])
+
+
+@pytest.fixture(scope="module")
+def recipe(model):
+    return Recipe(model, METHODS["flex"])
 
 
 def one_client(federation, client):
     """The federation of this client alone."""
-    frozen, shared, clients = federation
-    return frozen, shared, jax.tree.map(lambda leaf: leaf[client : client + 1], clients)
+    frozen, server, clients = federation
+    return frozen, server, jax.tree.map(lambda leaf: leaf[client : client + 1], clients)
 
 
 def draw_keys(clients, rows):
@@ -72,16 +77,17 @@ def random_prompts(lengths):
 
 
 @partial(jax.jit, static_argnums=0)
-def apply(model, params, adapters, tokens):
-    return model.apply({"params": params, "adapters": adapters}, tokens).logits
+def apply(model, variables, tokens):
+    return model.apply(variables, tokens).logits
 
 
 def logits_of(model, federation, client, ids):
     """Logits [len(ids), V] of one client, without a cache (the sequence is padded so that one compilation serves)."""
-    frozen, shared, clients = federation
-    own = jax.tree.map(lambda leaf: leaf[client], clients.personal)
+    frozen, server, clients = federation
+    own = jax.tree.map(lambda leaf: leaf[client], clients)
+    variables = {"params": frozen.params, "adapters": merge(server.shared, own.personal), "grafts": own.grafts}
     padded = jnp.array([[*ids, *[0] * (16 - len(ids))]], jnp.int32)
-    return apply(model, frozen.params, merge(shared, own), padded)[0, : len(ids)]
+    return apply(model, variables, padded)[0, : len(ids)]
 
 
 def naive(model, federation, client, prompt, end):
@@ -94,21 +100,21 @@ def naive(model, federation, client, prompt, end):
     return new + [end] * (NEW - len(new))
 
 
-def test_every_row_equals_the_loop_of_its_own_client(model, federation):
+def test_every_row_equals_the_loop_of_its_own_client(recipe, model, federation):
     prompts = random_prompts([[3, 9], [5, 1], [7, 4], [2, 8]])
     tokens, lengths = pad_prompts(prompts, 0)
     free = naive(model, federation, 1, prompts[1][0], -1)
     end = free[2]  # a token that this row says by itself: it must stop there
-    new = generate(model, *federation, tokens, lengths, max_new_tokens=NEW, end=end)
+    new = generate(recipe, *federation, tokens, lengths, max_new_tokens=NEW, end=end)
     expected = [[naive(model, federation, c, prompt, end) for prompt in client] for c, client in enumerate(prompts)]
     assert np.asarray(new).tolist() == expected
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_mixed_batch_equals_one_call_a_client(model, federation, sampled):
+def test_a_mixed_batch_equals_one_call_a_client(recipe, federation, sampled):
     tokens, lengths = pad_prompts(random_prompts([[3, 9], [5, 1], [7], [2, 8]]), 0)
     sampling = Sampling(draw_keys(CLIENTS, 2), 1.5, 0.9) if sampled else None
-    call = partial(generate, model, max_new_tokens=NEW, end=-1)
+    call = partial(generate, recipe, max_new_tokens=NEW, end=-1)
     mixed = call(*federation, tokens, lengths, sampling=sampling)
     for c in range(CLIENTS):
         own = sampling and sampling._replace(keys=sampling.keys[c : c + 1])
@@ -117,9 +123,9 @@ def test_a_mixed_batch_equals_one_call_a_client(model, federation, sampled):
     assert len({tuple(row) for row in np.asarray(mixed)[:, 0].tolist()}) == CLIENTS
 
 
-def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy(model, federation):
+def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy(recipe, federation):
     tokens, lengths = pad_prompts(random_prompts([[3, 9], [5, 1], [7, 4], [2, 8]]), 0)
-    call = partial(generate, model, *federation, tokens, lengths, max_new_tokens=NEW, end=-1)
+    call = partial(generate, recipe, *federation, tokens, lengths, max_new_tokens=NEW, end=-1)
     greedy = call()
     for temperature, top_p in [(2.0, 1e-6), (1e-30, 1.0), (1e-42, 0.5)]:
         sampling = Sampling(draw_keys(CLIENTS, 2), temperature, top_p)
@@ -128,12 +134,12 @@ def test_a_tiny_nucleus_and_a_tiny_temperature_are_greedy(model, federation):
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.7, 0.8), (0.6, 0.95)])
-def test_samples_have_the_frequencies_of_the_nucleus(model, federation, temperature, top_p):
+def test_samples_have_the_frequencies_of_the_nucleus(recipe, model, federation, temperature, top_p):
     """Both of the first token and of the second where the first was the most frequent one."""
     prompt, rows = [5, 17, 40], 4000
     tokens, lengths = pad_prompts([[prompt] * rows], 0)
     sampling = Sampling(draw_keys(1, rows), temperature, top_p)
-    new = generate(model, *one_client(federation, 2), tokens, lengths, max_new_tokens=2, end=-1, sampling=sampling)
+    new = generate(recipe, *one_client(federation, 2), tokens, lengths, max_new_tokens=2, end=-1, sampling=sampling)
     first, second = np.asarray(new)[0].T
     common = np.bincount(first).argmax()
     for ids, drawn in ((prompt, first), ([*prompt, common], second[first == common])):
@@ -149,10 +155,10 @@ def test_samples_have_the_frequencies_of_the_nucleus(model, federation, temperat
         assert (np.abs(frequency - expected) <= 5 * np.sqrt(expected / len(drawn))).all()
 
 
-def test_samples_do_not_depend_on_how_the_prompts_are_batched(model, federation):
+def test_samples_do_not_depend_on_how_the_prompts_are_batched(recipe, federation):
     prompts = random_prompts([[3, 9, 6], [5, 0, 8], [7], [2, 8]])
     sampling = Sampling(draw_keys(CLIENTS, 3), 2.0, 1.0)
-    call = partial(generate_tokens, model, *federation, max_new_tokens=NEW, sampling=sampling)
+    call = partial(generate_tokens, recipe, *federation, max_new_tokens=NEW, sampling=sampling)
     end = call(prompts, end=-1, batch_size=3)[0][1][1]
     answers = call(prompts, end=end, batch_size=3)
     assert answers == call(prompts, end=end, batch_size=2)
@@ -168,25 +174,21 @@ def test_dynamic_rope_goes_by_the_length_of_each_prompt(model, params):
     rope = Rope(theta=100.0, kind="dynamic", factor=8.0, trained_length=3)
     model = Decoder(dataclasses.replace(model.config, rope=rope))
     tokens, lengths = pad_prompts(random_prompts([[2, 4, 6, 8, 10, 12, 14, 16]]), 0)
-    placement = METHODS["fedavg"].placement
-    frozen, state = start(
-        model.config, params, model.adapters, placement, None, clients=1, key=jax.random.PRNGKey(0)
-    )
-    first = generate(
-        model, frozen, state.server.shared, state.clients, tokens, lengths, max_new_tokens=1, end=-1
-    )
+    recipe = Recipe(model, METHODS["fedavg"])
+    frozen, state, clients = start(recipe, params, None, key=jax.random.PRNGKey(0))
+    first = generate(recipe, frozen, state.server, clients([0]), tokens, lengths, max_new_tokens=1, end=-1)
     mask = np.arange(tokens.shape[2]) < lengths[0][:, None]
     logits = model.apply({"params": params}, tokens[0], mask).logits
     assert np.asarray(first)[0, :, 0].tolist() == logits[np.arange(8), lengths[0] - 1].argmax(-1).tolist()
 
 
-def test_evaluation_loss_is_the_mean_over_response_tokens(model, federation):
+def test_evaluation_loss_is_the_mean_over_response_tokens(recipe, model, federation):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 60, (CLIENTS, 4, 8)).astype(np.int32)
     mask = (rng.random((CLIENTS, 4, 8)) < 0.5).astype(np.float32)
     mask[..., 0] = 0
     halves = [Batch(tokens[:, rows], mask[:, rows]) for rows in (slice(0, 2), slice(2, 4))]
-    losses = evaluation_loss(model, *federation, halves)
+    losses = evaluation_loss(recipe, *federation, halves)
     for c in range(CLIENTS):
         terms = [
             -jax.nn.log_softmax(logits_of(model, federation, c, tokens[c, b]))[t - 1, tokens[c, b, t]]

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from flex_jax.federated.placement import merge, split
-from flex_jax.methods import METHODS
 
 TREE = {"a": {"x": 1, "y": 2}, "b": {"x": {"z": 3}}}
 
@@ -31,17 +30,6 @@ def test_an_uncovered_leaf_a_wrong_role_and_a_leaf_of_two_roles_are_errors():
         split(TREE, ((r".*", "public"),))
     with pytest.raises(ValueError, match="a/x"):
         merge({"a": {"x": 1}}, {"a": {"x": 1}})
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_places_every_adapter(name, prepared):
-    """Its shared and personal trees together are the adapters that its model reads, none twice."""
-    frozen, state = prepared(name)
-    first = jax.tree.map(lambda leaf: leaf[0], state.clients.personal)
-    paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(
-        merge(frozen.adapters, state.server.shared, first))}
-    assert any("q_proj" in path for path in paths)
-    assert any("slot" in path for path in paths) == METHODS[name].personal_slot
 
 
 def test_flex_shares_attention_only(prepared):

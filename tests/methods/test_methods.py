@@ -13,8 +13,8 @@ from flex_jax.methods import METHODS
 from tests.federated.conftest import B, S
 
 # What uploads hold beside the change of the shared tree.
-BESIDE = {"scaffold": {"control"}}
-RANKED = {"flexlora", "flora", "hetlora"}
+BESIDE = {"scaffold": {"control"}, "fedmoe": {"expert_index"}, "fedamole": {"expert_index"}}
+BESIDE |= dict.fromkeys(("flexlora", "flora", "hetlora"), {"rank"})
 
 
 @pytest.fixture(scope="module")

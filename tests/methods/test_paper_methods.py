@@ -147,7 +147,8 @@ def test_a_method_is_fedavg_where_its_paper_says_so(name, settings, count, prepa
 
 
 def test_clients_weigh_alike_where_that_is_asked_for(prepared, one_round, model, params, batches):
-    _, first, (after,) = rounds("fedavg", prepared, one_round, [(0, 3)], settings=Settings(server=ServerSettings(weighting="uniform")))
+    settings = Settings(server=ServerSettings(weighting="uniform"))
+    _, first, (after,) = rounds("fedavg", prepared, one_round, [(0, 3)], settings=settings)
     shared = first.server.shared
     trained = [plain_client(model, params, shared, [leaf[c] for leaf in batches]) for c in (0, 3)]
     assert_close(after.server.shared, mean(trained, (0.5, 0.5)), shared)

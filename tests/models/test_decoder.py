@@ -48,23 +48,31 @@ def test_a_closed_gate_is_the_pretrained_model_bit_for_bit(model_config, params,
 
 
 @pytest.mark.parametrize("experts", [1, 2])
-def test_the_slot_adds_gated_copies_of_the_grafted_experts(model_config, params, experts):
-    """One MoE layer by hand: y = M(x) + sum_j sigmoid(g_j x) E_j(x), g_j the router's column."""
+@pytest.mark.parametrize("gate", ["sigmoid", "none", "routing"])
+def test_the_slot_adds_gated_copies_of_the_grafted_experts(model_config, params, experts, gate):
+    """One MoE layer by hand: sum_j sigmoid(g_j x) P_j(x), g_j the router's column; without a gate sum_j P_j(x); and
+    sum_j w_j(x) (P_j(x) - E_j(x)) under the router's weights, 0 for a token that goes elsewhere."""
     from flex_jax.models.slot import PersonalSlot
     from flex_jax.ops.experts import ExpertWeights
 
-    slot = SlotConfig(experts=experts)
-    adapters, _ = slots(params, model_config, slot)
-    own = jax.tree.map(lambda leaf: leaf[1], adapters["layers"]["moe"]["slot"])  # layer 1
+    slot, tokens = SlotConfig(experts=experts, gate=gate), 7
+    adapters, grafts = slots(params, model_config, slot)
+    own, grafts = (jax.tree.map(lambda leaf: leaf[1], tree["layers"]["moe"]["slot"]) for tree in (adapters, grafts))
+    own["down_proj"]["kernel"] *= 1.5  # trained away from the frozen expert
     moe = jax.tree.map(lambda leaf: np.asarray(leaf[1], np.float64), params["layers"]["moe"])
-    x = np.asarray(jax.random.normal(jax.random.PRNGKey(5), (7, model_config.width)))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(tokens, model_config.width)).astype(np.float32)
     weights = ExpertWeights(*(jnp.asarray(moe[name], jnp.float32) for name in ("gate_up", "down")))
-    ours = PersonalSlot(slot).apply({"adapters": own}, x, weights)
+    index = np.stack([rng.permutation(model_config.experts)[:3] for _ in range(tokens)])
+    weight = rng.random((tokens, 3)).astype(np.float32)
+    ours = PersonalSlot(slot).apply({"adapters": own, "grafts": grafts}, x, weights, index, weight)
     expected = 0.0
     for e in [5, 1][:experts]:
-        gate, up = np.split(x @ moe["gate_up"][e], 2, axis=-1)
-        output = (gate / (1 + np.exp(-gate)) * up) @ moe["down"][e]
-        expected = expected + output / (1 + np.exp(-x @ moe["router"][:, e]))[:, None]
+        gate_half, up = np.split(x @ moe["gate_up"][e], 2, axis=-1)
+        output = (gate_half / (1 + np.exp(-gate_half)) * up) @ moe["down"][e]
+        routed = (weight * (index == e)).sum(-1)
+        share = {"sigmoid": 1 / (1 + np.exp(-x @ moe["router"][:, e])), "none": np.ones(tokens), "routing": routed}
+        expected = expected + (0.5 if gate == "routing" else 1.5) * share[gate][:, None] * output
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from flex_jax.federated.plan import count, size
+from flex_jax.federated.compression import tree_bytes
+from flex_jax.federated.plan import count
 from flex_jax.models.checkpoint import empty_params, read_model_config
 
 PUBLISHED = {  # the number of parameters that the Hugging Face Hub shows for the checkpoint
@@ -28,5 +29,5 @@ def test_a_released_checkpoint_has_its_published_number_of_parameters(name):
         jax.eval_shape(partial(empty_params, config, dtype="bfloat16", quantisation=kind)) for kind in (None, "int4")
     )
     assert count(plain) == count(four_bits) == PUBLISHED[name]
-    assert size(plain) == 2 * count(plain)
-    assert 0.26 < size(four_bits) / size(plain) < 0.31
+    assert tree_bytes(plain) == 2 * count(plain)
+    assert 0.26 < tree_bytes(four_bits) / tree_bytes(plain) < 0.31

@@ -20,8 +20,8 @@ from flax.traverse_util import unflatten_dict
 
 from flex_jax import load_pretrained
 from flex_jax.data.batches import Batch
+from flex_jax.federated.method import ClientSettings, Recipe, ServerSettings, Settings
 from flex_jax.federated.round import make_round
-from flex_jax.federated.rules import Settings
 from flex_jax.federated.start import start
 from flex_jax.grafting import reconstruction_losses
 from flex_jax.methods import METHODS
@@ -30,6 +30,7 @@ from flex_jax.models.peft import adapter_tensors
 from flex_jax.models.tensors import Tensor
 
 LOSS_BOUND, WEIGHTS_BOUND = 1e-4, 2e-3
+FEDOPT = {"learning_rate": "eta", "tau": "tau", "beta1": "beta1", "beta2": "beta2"}
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -71,18 +72,13 @@ def replay(dump: Path, checkpoint: Path) -> dict:
     config = model.config
     adapters = AdapterConfig(LoraConfig(rank, meta["lora_alpha"]), SlotConfig())
     model = model.clone(adapters=adapters)
-    settings = Settings(
-        meta["prox_mu"],
-        meta["fedopt_eta"],
-        meta["fedopt_tau"],
-        meta["fedopt_beta1"],
-        meta["fedopt_beta2"],
-        weighting="uniform" if method in ("fedadagrad", "fedadam", "fedyogi") else "examples",
-    )
-    rules, placement = METHODS[method].rules, METHODS[method].placement
+    weighting = "uniform" if method in ("fedadagrad", "fedadam", "fedyogi") else "examples"
+    server = {name: meta[f"fedopt_{key}"] for name, key in FEDOPT.items()}
+    settings = Settings(ClientSettings(proximal_mu=meta["prox_mu"]), ServerSettings(weighting, **server))
+    recipe = Recipe(model, METHODS[method], settings)
     chosen = np.array(meta["chosen"])[..., None] if method == "flex" else None
-    kept = dict(rules=rules, settings=settings, key=jax.random.PRNGKey(0))
-    frozen, state = start(config, params, adapters, placement, chosen, clients=clients, **kept)
+    frozen, state, rows = start(recipe, params, chosen, key=jax.random.PRNGKey(0))
+    every = rows(np.arange(clients))
     lora = read_lora(config, rank, init, "shared/")
 
     def personal(arrays, c):
@@ -98,14 +94,12 @@ def replay(dump: Path, checkpoint: Path) -> dict:
     shared = {} if method == "local" else lora
     state = state._replace(
         server=state.server._replace(shared=shared),
-        clients=state.clients._replace(personal=jax.tree.map(lambda *leaves: jnp.stack(leaves), *first)),
+        clients=every._replace(personal=jax.tree.map(lambda *leaves: jnp.stack(leaves), *first)),
     )
     _, _, epsilon, weight_decay = meta["adam"]
     assert meta["adam"][:3] == [0.9, 0.999, 1e-8], f"AdamW with {meta['adam']}"
     round_fn = make_round(
-        model,
-        rules,
-        settings,
+        recipe,
         clients=clients,
         rounds=meta["rounds"],
         learning_rate=meta["lr"],

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flex_jax.data.batches import Batch
+from flex_jax.federated.method import Recipe
 from flex_jax.federated.round import make_round
-from flex_jax.federated.rules import Settings
 from flex_jax.federated.start import start
 from flex_jax.methods import METHODS
 from flex_jax.models.checkpoint import save_pretrained
@@ -36,9 +36,9 @@ def dump(tmp_path, model, model_config, params):
     save_pretrained(tmp_path / "checkpoint", model_config, params)
     adapters = AdapterConfig(LoraConfig(2, 4.0))
     model = model.clone(adapters=adapters)
-    method = METHODS["scaffold"]
-    new = dict(clients=N, key=jax.random.PRNGKey(0), rules=method.rules)
-    frozen, state = start(model_config, params, adapters, method.placement, None, **new)
+    recipe = Recipe(model, METHODS["scaffold"])
+    frozen, state, clients = start(recipe, params, None, key=jax.random.PRNGKey(0))
+    state = state._replace(clients=clients(np.arange(N)))
     folder = tmp_path / "dump"
     folder.mkdir()
     np.savez(folder / "init.npz", **named(model_config, state.server.shared, "shared/"))
@@ -47,7 +47,7 @@ def dump(tmp_path, model, model_config, params):
     labels = np.where(np.arange(S) < 3, -100, ids)
     np.savez(folder / "batches.npz", input_ids=ids, labels=labels, attention_mask=np.ones_like(ids))
     numbers = dict(rounds=ROUNDS, learning_rate=1e-3, final_learning_rate=1e-6, weight_decay=0.0, clip_norm=1.0)
-    round_fn = make_round(model, method.rules, Settings(), clients=N, **numbers)
+    round_fn = make_round(recipe, clients=N, **numbers)
     losses = []
     for number in range(ROUNDS):
         batches = Batch(ids[number].astype(np.int32), (labels[number] != -100).astype(np.float32))

@@ -1,0 +1,16 @@
+"""APFL on LoRA: a client's adapters are a mixture of its own and the common ones, in a proportion that it learns.
+
+    python -m flex_jax.main --config configs/methods/apfl.py
+
+Deng et al. 2020, arXiv 2003.13461: clients of a round weigh alike. alpha starts at 0.5 as in the authors' code.
+"""
+
+from flex_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.methods = ("apfl",)
+    config.client.mixing_alpha = 0.5
+    config.server.weighting = "uniform"
+    return config
