@@ -11,12 +11,14 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from flex_jax.errors import FailedRuns
 from flex_jax.experiment import run
 from flex_jax.main import load, override
 
@@ -47,8 +49,13 @@ if __name__ == "__main__":
     rows = []
     for method in config.methods:
         for rate in arguments.rates:
-            rows.append(score(config, method, rate))
-            print(json.dumps(rows[-1]), flush=True)
+            try:
+                rows.append(score(config, method, rate))
+            except FailedRuns as error:
+                print(f"{method} at {rate:g}: {error}", file=sys.stderr)
+            else:
+                print(json.dumps(rows[-1]), flush=True)
     for method in config.methods:
-        best = max((row for row in rows if row["method"] == method), key=lambda row: row["mean"])
-        print(f"best {method}: {best['learning_rate']:g} (ROUGE-L {best['mean']:.2f})")
+        if own := [row for row in rows if row["method"] == method]:
+            best = max(own, key=lambda row: row["mean"])
+            print(f"best {method}: {best['learning_rate']:g} (ROUGE-L {best['mean']:.2f})")

@@ -150,9 +150,8 @@ def fairness(config: ConfigDict, results: dict) -> str:
     per_client = []
     for name in dict.fromkeys(run["method"] for run in results["runs"]):
         parameters = next(run["parameters"] for run in results["runs"] if run["method"] == name)
-        trained = parameters["shared"] + parameters["personal_per_client"]
         rate = for_method(config, name).optimizer.learning_rate
-        per_client.append(f"{name} {trained:,} (learning rate {rate:g})")
+        per_client.append(f"{name} {parameters['trained_per_client']:,} (learning rate {rate:g})")
     return (
         f"Every method ran {config.rounds} rounds of {config.local_steps} local steps, {config.batch_size} examples a "
         f"step, on the same clients, batches and seeds. Parameters trained by a client: {'; '.join(per_client)}."

@@ -333,7 +333,7 @@ def report(
     rounds = [line for line in lines if line["client"] is None]
     sent = {way: [line[f"{way}_bytes"] for line in lines if f"{way}_bytes" in line] for way in ("upload", "download")}
     return {
-        "parameters": {role: row[role] for role in ("frozen", "shared", "personal_per_client")},
+        "parameters": {role: row[role] for role in ("frozen", "shared", "personal_per_client", "trained_per_client")},
         "clients": clients,
         "average": {metric: float(np.mean([scores_of[metric] for scores_of in scores])) for metric in averaged},
         "communication": {f"{way}_bytes_per_client_round": round(float(np.mean(sent[way]))) for way in sent}

@@ -18,6 +18,7 @@ class Plan(NamedTuple):
     frozen: int
     shared: int
     personal_per_client: int
+    trained_per_client: int  # the personal ones and what it is sent of the shared ones
     frozen_bytes: int
     client_bytes: int  # adapters, gradients and two moments of one client in training, and its personal state at rest
     activation_bytes: int  # of the whole cohort's step
@@ -49,12 +50,13 @@ def plan(recipe: Recipe, frozen: Frozen, state: RoundState, *, cohort: int, batc
     personal, remat = count(client.personal), recipe.model.remat
     trained_bytes = tree_bytes(download["shared"]) + tree_bytes(client.personal)
     tokens = cohort * batch * sequence
+    slots = recipe.model.adapters.slot.experts if client.grafts else 0
     itemsize = frozen.params["embedding"].dtype.itemsize
     c = recipe.model.config
     layer_inputs = tokens * c.layers * c.width * itemsize
     attention = 3 * cohort * batch * c.heads * sequence * sequence * 4
     hidden = 3 * c.experts_per_token * (c.width + 2 * c.expert_width) + 3 * 2 * c.shared_expert_width
-    hidden += 3 * 2 * c.expert_width if personal else 0
+    hidden += 3 * 2 * c.expert_width * slots
     logits = 3 * tokens * min(c.vocab_size, 8192) * 4
     held = 1 if remat else c.layers
     activations = layer_inputs + held * (attention + tokens * hidden * itemsize) + logits
@@ -65,6 +67,7 @@ def plan(recipe: Recipe, frozen: Frozen, state: RoundState, *, cohort: int, batc
         frozen=count(frozen),
         shared=count(state.server.shared),
         personal_per_client=personal,
+        trained_per_client=count(download["shared"]) + personal,
         frozen_bytes=tree_bytes(frozen),
         client_bytes=client_bytes,
         activation_bytes=activations,

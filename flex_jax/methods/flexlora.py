@@ -11,7 +11,7 @@ Local steps are AdamW's. The server holds R components of a round's product, whe
 import jax
 import jax.numpy as jnp
 
-from flex_jax.federated.method import Arrived, ClientRule, Method, Received, ServerRule, Settings
+from flex_jax.federated.method import Arrived, ClientRule, Method, ServerRule, Settings
 from flex_jax.methods.ranks import check_stackable, client_rank, finish, map_pairs, sent, stack, take, trained_pairs
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-SUMMARY_COLUMNS = ("method", "seeds", "ROUGE-L", "eval loss", "upload/client/round", "frozen", "shared",
-                   "personal/client", "s/round")
+SUMMARY_COLUMNS = ("method", "seeds", "ROUGE-L", "eval loss", "up/client/round", "down/client/round", "frozen",
+                   "shared", "personal/client", "s/round")
 PLAN_COLUMNS = ("method", "clients", "frozen", "shared", "personal", "up", "down", "client", "frozen", "clients",
                 "activations", "peak")
 PLAN_GROUPS = {2: "parameters", 5: "sent/client/round", 7: "held by a", 8: "memory of the process"}
@@ -60,7 +60,8 @@ def summary_rows(results: Mapping) -> list[list[str]]:
         runs = [run for run in results["runs"] if run["method"] == method]
         parameters = runs[0]["parameters"]  # the seed does not change them
         rows.append([method, str(len(runs)), score(method, "rougeL"), score(method, "eval_loss"),
-                     human_bytes(runs[0]["communication"]["upload_bytes_per_client_round"]),
+                     *(human_bytes(runs[0]["communication"][f"{way}_bytes_per_client_round"])
+                       for way in ("upload", "download")),
                      human_count(parameters["frozen"]), human_count(parameters["shared"]),
                      human_count(parameters["personal_per_client"]),
                      mean_number((run["timing"]["round_s_median"] for run in runs), ".3g")])

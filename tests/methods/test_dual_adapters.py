@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flex_jax.errors import InputError
 from flex_jax.federated.client import collections
@@ -128,21 +129,21 @@ def test_the_cut_keeps_all_layers_and_needs_one_to_share():
 # FedDPA
 
 
-def matrix_of(*weighted):
-    """The sum of w alpha / r A B of LoRA trees as a change of the frozen matrices, which needs no LoRA."""
+def with_mean_of(params, *trees):
+    """The frozen parameters with the mean of the trees' alpha / r A B added to the kernels, which needs no LoRA."""
 
     def change(*pairs):
-        products = [w * 2.0 * pair["lora_a"] @ pair["lora_b"] for (w, _), pair in zip(weighted, pairs, strict=True)]
-        return {"delta": sum(products)}
+        return {"kernel": 2.0 * sum(pair["lora_a"] @ pair["lora_b"] for pair in pairs) / len(pairs)}
 
-    return tree_map(change, *(tree for _, tree in weighted), is_leaf=lambda node: "lora_a" in node)
+    changes = tree_map(change, *trees, is_leaf=lambda node: "lora_a" in node)
+    flat = flatten_dict(params)
+    return unflatten_dict(flat | {path: flat[path] + leaf for path, leaf in flatten_dict(changes).items()})
 
 
 @partial(jax.jit, static_argnums=0)
 def gradient_in_mix(model, params, held, own, tokens, mask):
     def loss(own):
-        variables = {"params": params, "adapters": matrix_of((0.5, held), (0.5, own))}
-        total, count = response_loss(model, variables, tokens, mask)
+        total, count = response_loss(model, {"params": with_mean_of(params, held, own)}, tokens, mask)
         return total / count
 
     return jax.grad(loss)(own)
@@ -175,8 +176,8 @@ def test_feddpa_trains_its_own_adapter_and_then_the_shared_one(
     tokens = batches.tokens[0, 0]
     variables = collections(recipe_of("feddpa", settings), frozen, states[-1].server, row(states[-1].clients, 0))
     logits = model.apply(variables, tokens).logits
-    by_hand = {"params": params, "adapters": matrix_of((0.5, common), (0.5, own[0]))}
-    np.testing.assert_allclose(logits, model.apply(by_hand, tokens).logits, atol=1e-3)
+    by_hand = model.apply({"params": with_mean_of(params, common, own[0])}, tokens).logits
+    np.testing.assert_allclose(logits, by_hand, atol=1e-3)
 
 
 def test_feddpa_starts_its_own_adapter_from_other_random_values(prepared):

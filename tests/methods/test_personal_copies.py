@@ -187,12 +187,13 @@ def fedala_start(model, params, own, weight, received, data, eta):
 def test_fedala_starts_between_its_last_weights_and_the_received_ones(
     prepared, one_round, recipe_of, model, params, batches, examples
 ):
-    settings = Settings(ClientSettings(weight_learning_rate=200.0, personal_layers=2))
-    frozen, first, states = rounds("fedala", prepared, one_round, COHORTS, settings)
+    """Over three rounds: it learns from what it learned the last time."""
+    settings, cohorts = Settings(ClientSettings(weight_learning_rate=200.0, personal_layers=2)), [*COHORTS, (2, 3)]
+    frozen, first, states = rounds("fedala", prepared, one_round, cohorts, settings)
     start = w = first.server.shared["global"]
     ones = tree_map(np.ones_like, start)
     own, weight = [start] * 4, [ones] * 4
-    for number, (cohort, state) in enumerate(zip(COHORTS, states, strict=True)):
+    for number, (cohort, state) in enumerate(zip(cohorts, states, strict=True)):
         for i in cohort:
             data = of_client(batches, i)
             weight[i], begun = fedala_start(model, params, own[i], weight[i], w, data, eta=200.0)

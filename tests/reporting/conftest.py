@@ -35,8 +35,8 @@ def make_results(methods=("fedavg", "flex", "local"), seeds=(0, 1, 2), clients=4
                 "parameters": {"frozen": 14_316_000_000, "shared": shared, "personal_per_client": personal},
                 "clients": rows, "average": {key: sum(row[key] for row in rows) / clients for key in keys},
                 "communication": {"upload_bytes_per_client_round": 4 * shared,
-                                  "download_bytes_per_client_round": 4 * shared,
-                                  "total_bytes": 8 * shared * clients * rounds},
+                                  "download_bytes_per_client_round": 8 * shared,
+                                  "total_bytes": 12 * shared * clients * rounds},
                 "timing": {"compile_s": 12.5, "round_s_median": 0.5 + 0.1 * index, "train_tokens_per_s": 9000.0}})
             for round in range(rounds):
                 head = {"run": f"{method}-seed{seed}", "method": method, "seed": seed, "round": round}
