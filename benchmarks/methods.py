@@ -6,6 +6,8 @@ Shapes alone: no weights, no device. Bytes are those of one client in one round,
 Qwen1.5-MoE-A2.7B with the numbers of configs/methods/.
 """
 
+import ast
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,13 +28,13 @@ from flex_jax.simulation import Backbone, any_run
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ROOT / "benchmarks/shapes/Qwen1.5-MoE-A2.7B.json"
-COLUMNS = ("method", "paper", "trained and sent", "sent beside it", "trained and kept", "kept beside it", "up", "down",
-           "parameters sent", "parameters kept")  # fmt: skip
+COLUMNS = ("method", "what it is", "paper", "trained and sent", "sent beside it", "trained and kept", "kept beside it",
+           "up", "down", "parameters sent", "parameters kept")  # fmt: skip
 HEAD = """# The methods
 
-Made from the code: `python benchmarks/methods.py > docs/methods.md`. Bytes and parameters are those of one client in one
-round on the shape of Qwen1.5-MoE-A2.7B with the numbers of `configs/methods/`; where clients have ranks of their own,
-those of the highest. What is *kept* never leaves a client; the frozen backbone is on every client and never sent.
+Made from the code: `python benchmarks/methods.py > docs/methods.md`. Bytes and parameters are those of one client in
+one round, on the shape of Qwen1.5-MoE-A2.7B with the numbers of `configs/methods/`; where clients have ranks of their
+own, those of the highest. What is *kept* never leaves a client; the frozen backbone is on every client and never sent.
 """
 
 
@@ -69,27 +71,24 @@ def row(name: str, backbone: Backbone) -> tuple[str, ...]:
     beside = {**{key: None for key in upload if key != "delta"}, **{key: None for key in download if key != "shared"}}
     return (
         f"`{name}`",
-        paper(name),
+        *described(name),
         names(state.server.shared) or "nothing",
         ", ".join(beside),
         names(client.personal),
         ", ".join(client.kept),
         human_bytes(planned.upload_bytes),
         human_bytes(planned.download_bytes),
-        human_count(planned.shared) if planned.shared else "0",
-        human_count(planned.personal_per_client) if planned.personal_per_client else "0",
+        human_count(planned.trained_per_client - planned.personal_per_client),
+        human_count(planned.personal_per_client),
     )
 
 
-def paper(name: str) -> str:
-    """What the first line of the method's config says it is."""
-    return load_docstring(ROOT / f"configs/methods/{name}.py").partition("\n")[0].rstrip(".")
-
-
-def load_docstring(path: Path) -> str:
-    import ast
-
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+def described(name: str) -> tuple[str, str]:
+    """(what the first line of a method's config says it is, the paper's number)."""
+    text = ast.get_docstring(ast.parse((ROOT / f"configs/methods/{name}.py").read_text(encoding="utf-8")))
+    line = re.sub(r" \([^()]*arXiv[^()]*\)", "", text.partition("\n")[0].rstrip("."))
+    number = re.search(r"arXiv\s+(\d+\.\d+)", text)
+    return line, f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else ""
 
 
 def table() -> str:
