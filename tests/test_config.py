@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from flex_jax.config import default_config, for_method, validate
+from flex_jax.config import default_config, for_method, name_methods, validate
 from flex_jax.errors import InputError
+from flex_jax.federated.method import ClientSettings, ServerSettings, Settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
 
@@ -63,6 +64,16 @@ BAD_VALUES = [
     ("slot.training", "none", "full, lora"),
     ("slot.gate_init", "open", "router, closed"),
     ("lora", None, "a section"),
+    ("slot.gate", "open", "sigmoid, none, routing"),
+    ("slot.calibration", "all", "own, common"),
+    ("sampling", "fair", "uniform, size"),
+    ("client.ranks", (0,), "at least 1"),
+    ("client.ranks", (4, 33), "at most config.lora.rank, 32"),
+    ("client.mixing_alpha", 1.5, "from 0 to 1"),
+    ("client.personal_steps", 0.0, "above 0"),
+    ("client.compression", "zip", "none, bfloat16, int8, topk"),
+    ("server.aggregation", "best", "mean, median, trimmed_mean"),
+    ("server.byzantine", -1, "at least 0"),
     ("overrides", None, "a section"),
     ("overrides", {"flex": 1}, "unknown"),
     ("overrides", {"flex": {"lora": 1}}, "a section"),
@@ -187,3 +198,36 @@ def test_a_wrong_override_is_named(overrides, message):
     config.overrides.flex = overrides
     with pytest.raises(InputError, match=message):
         for_method(config, "fedavg")
+
+
+def test_a_variant_is_a_method_with_values_of_its_own():
+    config = default_config()
+    config.methods = ("flex", "flex_random")
+    config.overrides.flex_random = {"method": "flex", "slot": {"selection": "random"}}
+    validate(config)
+    assert [for_method(config, name).method for name in config.methods] == ["flex", "flex"]
+    assert [for_method(config, name).slot.selection for name in config.methods] == ["reconstruction", "random"]
+
+
+def test_methods_of_ones_own_files_get_their_names():
+    config = default_config()
+    config.methods = ("flex", "mine/new.py:new")
+    name_methods(config)
+    assert config.methods == ("flex", "new") and for_method(config, "new").method == "mine/new.py:new"
+    config.method = "other.py:only"
+    name_methods(config)
+    assert config.methods == ("only",) and config.method == ""
+    validate(config)
+
+
+@pytest.mark.parametrize("methods", [("a.py:x", "b.py:x"), ("x", "a.py:x"), ("a.py:",), ("a.py:1",)])
+def test_two_methods_of_one_name_and_names_that_are_none(methods):
+    config = default_config()
+    config.methods = methods
+    with pytest.raises(InputError, match=r"config\.(methods?|overrides)"):
+        name_methods(config)
+
+
+def test_the_numbers_of_methods_are_those_of_the_config():
+    config = default_config()
+    assert Settings(ClientSettings(**config.client), ServerSettings(**config.server)) == Settings()

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from flex_jax import tiny
 from flex_jax.main import main
+from flex_jax.methods import find_method
 from flex_jax.models.checkpoint import WEIGHTS, save_pretrained
 from flex_jax.models.decoder import Decoder
 
@@ -159,10 +160,89 @@ def test_kill_9_in_a_round_and_the_same_command_give_the_same_numbers(finished, 
 
 
 def test_lora_slots_and_a_cohort_smaller_than_the_clients_run(checkpoint, tmp_path):
-    more = ("slot.training=lora", "slot.rank=2", "slot.experts=2", "cohort=2", "slot.gate_init=closed")
+    more = ("slot.training=lora", "slot.rank=2", "slot.experts=2", "slot.gate_init=closed", "cohort=2")
+    more += ("client.compression=topk",)
     assert main(arguments(checkpoint, tmp_path / "run", *(f"--config.{value}" for value in more))) == 0
     run = read(tmp_path / "run")["runs"][0]
     assert all(len(set(layer)) == 2 for client in run["clients"] for layer in client["grafted_experts"])
+
+
+BREAKS = """
+from flex_jax.federated.method import ClientRule, Method
+
+def finish(received, trained):
+    raise ValueError("no such leaf")
+
+breaks = Method(placement=((r".*", "shared"),), client=ClientRule(begin=finish))
+"""
+
+
+def test_a_method_that_breaks_does_not_lose_the_others(checkpoint, tmp_path, capsys):
+    """Not even one in the middle; and the same command tries it again."""
+    file, run = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(BREAKS.replace("begin=", "finish="))  # breaks as it is planned: nothing has begun
+    command = arguments(checkpoint, run, f"--config.methods=('fedavg','{file}:breaks','local')", "--config.rounds=1")
+    with pytest.raises(ValueError, match="no such leaf"):
+        main(command)
+    assert not run.exists()
+    find_method.cache_clear()
+    file.write_text(BREAKS.replace("raise", "if received.steps > 1: raise").replace(
+        'ValueError("no such leaf")', 'ValueError("no such leaf")\n    return default(received, trained)'
+    ).replace("import ClientRule", "import begin as default, ClientRule"))
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert "1 of 3 runs failed (breaks seed 0: ValueError: no such leaf)" in printed.err
+    assert [line.split()[0] for line in printed.out.splitlines() if line.startswith(("fedavg", "local"))]
+    results = read(run)
+    assert [done["method"] for done in results["runs"]] == ["fedavg", "local"]
+    assert results["failures"] == [{"method": "breaks", "seed": 0, "error": "ValueError: no such leaf"}]
+    assert "mine.py" in (run / "failures/breaks-seed0.txt").read_text() and (run / "report.html").exists()
+    find_method.cache_clear()
+    file.write_text("from flex_jax.methods import METHODS\nbreaks = METHODS['fedavg']\n")
+    assert main(command) == 0
+    assert [done["method"] for done in read(run)["runs"]] == ["fedavg", "local", "breaks"] and not read(run)["failures"]
+
+
+def test_variants_of_a_method_stand_beside_it(checkpoint, tmp_path):
+    """Ablations of FLEx: chosen at random, the same for all, without a gate, in the place of the expert."""
+    variants = {
+        "random": {"slot": {"selection": "random"}},
+        "common": {"slot": {"calibration": "common", "gate": "none"}},
+        "released": {"slot": {"selection": "random", "calibration": "common", "gate": "routing", "training": "lora"}},
+    }
+    changes = [f"--config.overrides.{name}.method=flex" for name in variants]
+    for name, values in variants.items():
+        changes += [f"--config.overrides.{name}.slot.{key}={value}" for key, value in values["slot"].items()]
+    names = ",".join(f"'{name}'" for name in ("flex", *variants))
+    more = (f"--config.methods={names}", "--config.rounds=1", "--config.slot.rank=2", *changes)
+    assert main(arguments(checkpoint, tmp_path / "run", *more)) == 0
+    runs = {run["method"]: run for run in read(tmp_path / "run")["runs"]}
+    assert list(runs) == ["flex", *variants]
+    grafted = {name: [client["grafted_experts"] for client in run["clients"]] for name, run in runs.items()}
+    assert grafted["random"] != grafted["flex"]
+    for name in ("common", "released"):
+        assert all(client == grafted[name][0] for client in grafted[name])
+    kept = {name: run["parameters"]["personal_per_client"] for name, run in runs.items()}
+    gate = 3 * 16  # layers x width
+    assert kept["common"] == kept["flex"] - gate and kept["released"] == 3 * 2 * 3 * (16 + 8)
+
+
+def test_cohorts_by_an_availability_trace(checkpoint, tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("[0, 3]\n[1, 2, 3]\n")
+    more = ("--config.cohort=2", "--config.sampling=size", f"--config.availability={trace}")
+    assert main(arguments(checkpoint, tmp_path / "run", *more)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    trained = [{line["client"] for line in lines if line["round"] == n} - {None} for n in range(3)]
+    assert trained[0] == trained[2] == {0, 3} and trained[1] < {1, 2, 3}
+    trace.write_text("[0]\n")
+    capsys.readouterr()
+    assert_refused(arguments(checkpoint, tmp_path / "no", *more), r"trace.jsonl:1: has 1 of", capsys, tmp_path / "no")
+
+
+def test_a_cohort_too_small_for_its_aggregation(checkpoint, tmp_path, capsys):
+    command = arguments(checkpoint, tmp_path / "run", "--config.server.aggregation=krum")
+    assert_refused(command, "config.server.aggregation: krum .* cohort", capsys, tmp_path / "run")
 
 
 def record(**changes):

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flex_jax.errors import InputError
 from flex_jax.federated.method import Method, Settings
 from flex_jax.methods.holders import partial_rules
-from flex_jax.models.lora import init_lora
+from flex_jax.models.lora import init_lora, is_pair
 
 
 def build(adapters: dict, key: jax.Array, settings: Settings) -> dict:
     """Adds experts_a [L, n, D, R], experts_b [L, n, R, F] and router [L, D, R] to the LoRA of each projection."""
-    pairs, tree = jax.tree.flatten(adapters, is_leaf=lambda node: "lora_a" in node)
+    pairs, tree = jax.tree.flatten(adapters, is_leaf=is_pair)
     experts = settings.client.lora_experts
 
     def add(pair, key):

@@ -15,24 +15,9 @@ import jax.numpy as jnp
 from flex_jax.federated.method import ClientRule, Loss, Method, Received, Settings
 from flex_jax.federated.placement import merge
 from flex_jax.methods.phases import personal_first, personal_steps
-from flex_jax.models.lora import init_lora
+from flex_jax.models.lora import fresh_pairs, map_pairs
 
 OWN_WEIGHT = 0.5  # of the own adapter's output in the mix
-
-
-def is_pair(node: dict) -> bool:
-    """Whether a node of the adapters tree is the LoRA of one projection: A [L, D, R] and B [L, R, F]."""
-    return "lora_a" in node
-
-
-def fresh(adapters: dict, key: jax.Array) -> dict:
-    """Adapters of these shapes as they start: A random, B zero."""
-    pairs, structure = jax.tree.flatten(adapters, is_leaf=is_pair)
-    started = []
-    for pair_key, pair in zip(jax.random.split(key, len(pairs)), pairs, strict=True):
-        *stack, inputs, rank = pair["lora_a"].shape
-        started.append(init_lora(pair_key, rank, tuple(stack), inputs, pair["lora_b"].shape[-1]))
-    return jax.tree.unflatten(structure, started)
 
 
 def mix(held: dict, own: dict) -> dict:
@@ -44,13 +29,13 @@ def mix(held: dict, own: dict) -> dict:
 
 
 def build(adapters: dict, key: jax.Array, settings: Settings) -> dict:
-    return {"global": adapters, "own": fresh(adapters, key)}
+    return {"global": adapters, "own": fresh_pairs(key, adapters)}
 
 
 def compose(tree: dict, received: Received) -> dict:
     if "own" not in tree:
         return tree["global"]
-    return jax.tree.map(mix, tree["global"], tree["own"], is_leaf=is_pair)
+    return map_pairs(mix, tree["global"], tree["own"])
 
 
 def objective(received: Received, trained: dict, loss: Loss) -> tuple[jax.Array, jax.Array]:

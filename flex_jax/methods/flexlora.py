@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from flex_jax.federated.method import Arrived, ClientRule, Method, ServerRule, Settings
-from flex_jax.methods.ranks import check_stackable, client_rank, finish, map_pairs, sent, stack, take, trained_pairs
+from flex_jax.methods.ranks import check_stackable, client_rank, finish, sent, stack, take, trained_pairs
+from flex_jax.models.lora import map_pairs
 
 
 def init_server(shared: dict, settings: Settings, key: jax.Array) -> dict:

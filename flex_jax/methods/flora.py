@@ -14,7 +14,6 @@ start. A client that missed rounds would need their stacks as well: this is not 
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from flex_jax.federated.method import Arrived, ClientRule, Method, Received, ServerRule, Settings
 from flex_jax.methods.ranks import (
@@ -22,34 +21,23 @@ from flex_jax.methods.ranks import (
     client_rank,
     finish,
     full_rank,
-    map_pairs,
     own_bytes,
     stack,
     take,
     trained_pairs,
     truncate,
 )
-from flex_jax.models.lora import init_lora
+from flex_jax.models.lora import fresh_pairs, map_pairs
 
 
 def init_client(shared: dict, settings: Settings, client) -> dict:
     return client_rank(shared, settings, client) | {"number": jnp.int32(client)}
 
 
-def fresh(key: jax.Array, like: dict) -> dict:
-    """Pairs with random A and zero B."""
-
-    def draw(pair, keys):
-        a, b = pair["lora_a"], pair["lora_b"]
-        return init_lora(keys["lora_a"], a.shape[-1], a.shape[:-2], a.shape[-2], b.shape[-1])
-
-    return map_pairs(draw, like, optax.tree.split_key_like(key, like))
-
-
 def begin(received: Received, loss) -> dict:
     start, kept = received.download["shared"], received.client.kept
     key = jax.random.fold_in(jax.random.fold_in(received.known["key"], received.round), kept["number"])
-    own = truncate(fresh(key, start), kept["rank"])
+    own = truncate(fresh_pairs(key, start), kept["rank"])
     pairs = jax.tree.map(lambda start, own: jnp.where(received.round == 0, start, own), start, own)
     return {"shared": pairs, "personal": received.client.personal}
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from flex_jax.federated.method import Arrived, ClientRule, Method, Received, ServerRule, Trained, change
-from flex_jax.methods.ranks import client_rank, is_pair, sent, take, trained_pairs, truncate
+from flex_jax.methods.ranks import client_rank, sent, take, trained_pairs, truncate
+from flex_jax.models.lora import is_pair
 
 
 def pruned(received: Received) -> jax.Array:

@@ -11,15 +11,7 @@ import jax.numpy as jnp
 from flex_jax.errors import InputError
 from flex_jax.federated.compression import tree_bytes
 from flex_jax.federated.method import Received, Settings, Trained, change
-
-
-def is_pair(node) -> bool:
-    return isinstance(node, dict) and "lora_a" in node
-
-
-def map_pairs(function, tree: dict, *rest: dict) -> dict:
-    """`function` of each {"lora_a" [..., D, R], "lora_b" [..., R, F]} and what the other trees have in its place."""
-    return jax.tree.map(function, tree, *rest, is_leaf=is_pair)
+from flex_jax.models.lora import is_pair, map_pairs
 
 
 def full_rank(tree: dict) -> int:

@@ -1,8 +1,11 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): where they are read, and how they start."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from flex_jax.models.config import LoraConfig
 
@@ -53,3 +56,23 @@ def init_lora(key: jax.Array, rank: int, stack: tuple[int, ...], inputs: int, ou
         "lora_a": jax.random.uniform(key, (*stack, inputs, rank), jnp.float32, -bound, bound),
         "lora_b": jnp.zeros((*stack, rank, outputs), jnp.float32),
     }
+
+
+def is_pair(node) -> bool:
+    """Whether a node of an adapters tree is the LoRA of one projection, A [L, D, R] and B [L, R, F]."""
+    return isinstance(node, dict) and "lora_a" in node
+
+
+def map_pairs(function: Callable, tree: dict, *rest: dict) -> dict:
+    """`function` of each pair of a tree and what the other trees have in its place."""
+    return jax.tree.map(function, tree, *rest, is_leaf=is_pair)
+
+
+def fresh_pairs(key: jax.Array, like: dict) -> dict:
+    """Pairs of these shapes as they start: A random, B zero."""
+
+    def draw(pair, keys):
+        *stack, inputs, rank = pair["lora_a"].shape
+        return init_lora(keys["lora_a"], rank, tuple(stack), inputs, pair["lora_b"].shape[-1])
+
+    return map_pairs(draw, like, optax.tree.split_key_like(key, like))

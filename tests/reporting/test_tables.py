@@ -21,7 +21,7 @@ def test_summary_is_sorted_by_rouge_l_and_aligned(fake):
     means = {row["method"]: row["mean"] for row in results["summary"] if row["metric"] == "rougeL"}
     assert [line.split()[0] for line in lines] == sorted(means, key=means.get, reverse=True)
     assert f"{means['flex']:.2f} +- " in lines[0]
-    assert "  3 MiB  " in lines[0] and "  6 MiB  " in lines[0] and "786K" in lines[0] and "3.15M" in lines[0] and lines[0].endswith("0.6")
+    assert all(cell in lines[0] for cell in ("  3 MiB  ", "  6 MiB  ", "786K", "3.15M")) and lines[0].endswith("0.6")
     assert len({len(line) for line in (header, rule, *lines)}) == 1
 
 
