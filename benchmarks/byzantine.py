@@ -21,7 +21,7 @@ import optax
 
 from flex_jax.config import name_methods
 from flex_jax.experiment import run
-from flex_jax.federated.method import ClientRule, Received, Trained, finish
+from flex_jax.federated.method import ClientRule, Outcome, Received, finish
 from flex_jax.main import load, override
 from flex_jax.methods import METHODS
 
@@ -29,7 +29,7 @@ AGGREGATIONS = ("mean", "median", "trimmed_mean", "geometric_median", "krum", "m
 NORM, BAD = 100.0, 3  # of the noise; number of the bad client
 
 
-def attack(received: Received, trained: dict) -> Trained:
+def attack(received: Received, trained: dict) -> Outcome:
     """FedAvg's update, and of client BAD noise of norm NORM, drawn anew in every round."""
     honest = finish(received, trained)
     key = jax.random.fold_in(jax.random.PRNGKey(0), received.round)

@@ -71,7 +71,7 @@ class Received(NamedTuple):
     settings: Settings
 
 
-class Trained(NamedTuple):
+class Outcome(NamedTuple):
     """What comes out of a client's training."""
 
     upload: dict  # "delta", the change of the shared tree, and what the method sends beside it
@@ -97,8 +97,8 @@ def change(received: Received, trained: dict) -> dict:
     return jax.tree.map(jnp.subtract, trained["shared"], received.download["shared"])
 
 
-def finish(received: Received, trained: dict) -> Trained:
-    return Trained({"delta": change(received, trained)}, trained["personal"], received.client.kept)
+def finish(received: Received, trained: dict) -> Outcome:
+    return Outcome({"delta": change(received, trained)}, trained["personal"], received.client.kept)
 
 
 class ClientRule(NamedTuple):
@@ -109,7 +109,7 @@ class ClientRule(NamedTuple):
     begin: (received, loss on the first batch) -> {"shared", "personal"}, the trees that it trains.
     objective: (received, trained, loss on a batch) -> (what is minimised, the loss to report).
     optimizer: (received, clipping, AdamW) -> the optax chain of a round on the trained trees.
-    finish: (received, trained) -> `Trained`.
+    finish: (received, trained) -> `Outcome`.
     sent: (received, upload) -> bytes of (upload, download).
     """
 
@@ -118,7 +118,7 @@ class ClientRule(NamedTuple):
     begin: Callable[[Received, Loss], dict] = begin
     objective: Callable[[Received, dict, Loss], tuple[jax.Array, jax.Array]] = objective
     optimizer: Callable[..., optax.GradientTransformation] = optimizer
-    finish: Callable[[Received, dict], Trained] = finish
+    finish: Callable[[Received, dict], Outcome] = finish
     sent: Callable[[Received, dict], tuple[Any, Any]] = lambda received, upload: (
         tree_bytes(upload),
         tree_bytes(received.download),

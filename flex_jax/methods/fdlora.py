@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from optax.transforms import conditionally_transform, selective_transform
 
-from flex_jax.federated.method import ClientRule, Loss, Method, Received, Settings, Trained, change
+from flex_jax.federated.method import ClientRule, Loss, Method, Outcome, Received, Settings, change
 from flex_jax.federated.server import server_optimizer
 
 CANDIDATES = tuple(itertools.product((0.0, 0.5, 1.0), repeat=2))  # weights of own and global: 9 pairs
@@ -59,12 +59,12 @@ def optimizer(received: Received, clip, adamw):
     return selective_transform(optax.chain(clip, adamw), freeze_mask={"shared": False, "personal": True})
 
 
-def finish(received: Received, trained: dict) -> Trained:
+def finish(received: Received, trained: dict) -> Outcome:
     own, rounds = received.client.personal["own"], received.client.kept["rounds"]
     copied = rounds % received.settings.client.sync_every == 0
     own = jax.tree.map(lambda new, old: jnp.where(copied, new, old), trained["shared"]["global"], own)
     kept = {"rounds": rounds + 1, "fusion": trained["personal"]["fusion"]}
-    return Trained({"delta": change(received, trained)}, {"own": own}, kept)
+    return Outcome({"delta": change(received, trained)}, {"own": own}, kept)
 
 
 def outer(settings: Settings) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flex_jax.federated.method import ClientRule, Loss, Method, Received, Settings, Trained, change
+from flex_jax.federated.method import ClientRule, Loss, Method, Outcome, Received, Settings, change
 
 ITERATIONS = 5
 
@@ -66,10 +66,10 @@ def optimizer(received: Received, clip, adamw) -> optax.GradientTransformation:
     return optax.partition(parts, {"shared": "theta", "personal": "weight"})
 
 
-def finish(received: Received, trained: dict) -> Trained:
+def finish(received: Received, trained: dict) -> Outcome:
     own = last_layers(trained["shared"]["global"], received.settings)
     personal = {"own": own, "weight": trained["personal"]["weight"]}
-    return Trained({"delta": change(received, trained)}, personal, received.client.kept)
+    return Outcome({"delta": change(received, trained)}, personal, received.client.kept)
 
 
 METHOD = Method(

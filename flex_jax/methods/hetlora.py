@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flex_jax.federated.method import Arrived, ClientRule, Method, Received, ServerRule, Trained, change
+from flex_jax.federated.method import Arrived, ClientRule, Method, Outcome, Received, ServerRule, change
 from flex_jax.methods.ranks import client_rank, sent, take, trained_pairs, truncate
 from flex_jax.models.lora import is_pair
 
@@ -37,12 +37,12 @@ def objective(received: Received, trained: dict, loss) -> tuple[jax.Array, jax.A
     return value + received.settings.client.rank_lambda * tail(trained["shared"], pruned(received)), value
 
 
-def finish(received: Received, trained: dict) -> Trained:
+def finish(received: Received, trained: dict) -> Outcome:
     fewer = pruned(received)
     shrunk = tail(trained["shared"], fewer) < tail(received.download["shared"], fewer)
     rank = jnp.where(shrunk, fewer, received.client.kept["rank"])
     upload = {"delta": truncate(change(received, trained), rank), "rank": rank}
-    return Trained(upload, trained["personal"], {"rank": rank})
+    return Outcome(upload, trained["personal"], {"rank": rank})
 
 
 def product_norm(tree: dict) -> jax.Array:

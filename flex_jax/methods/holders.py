@@ -14,7 +14,7 @@ import optax
 
 from flex_jax.errors import InputError
 from flex_jax.federated.aggregation import clip
-from flex_jax.federated.method import Arrived, ClientRule, Received, ServerRule, Trained, change
+from flex_jax.federated.method import Arrived, ClientRule, Outcome, Received, ServerRule, change
 
 
 def mean_over_holders(rows: jax.Array, index: jax.Array, weights: jax.Array, experts: int) -> jax.Array:
@@ -52,7 +52,7 @@ def partial_rules(name: str, tables: str, held: Callable[[Received], jax.Array])
 
     def finish(received, trained):
         upload = {"delta": change(received, trained), "expert_index": held(received)}
-        return Trained(upload, trained["personal"], received.client.kept)
+        return Outcome(upload, trained["personal"], received.client.kept)
 
     def init(shared, settings, key):
         if settings.server.aggregation != "mean":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flex_jax.errors import InputError
 from flex_jax.federated.compression import tree_bytes
-from flex_jax.federated.method import Received, Settings, Trained, change
+from flex_jax.federated.method import Outcome, Received, Settings, change
 from flex_jax.models.lora import is_pair, map_pairs
 
 
@@ -41,10 +41,10 @@ def take(received: Received) -> dict:
     return download | {"shared": truncate(download["shared"], kept["rank"])} if kept else download
 
 
-def finish(received: Received, trained: dict) -> Trained:
+def finish(received: Received, trained: dict) -> Outcome:
     """What a client sends has the shape of its rank, which padding hides: the rank goes along."""
     kept = received.client.kept
-    return Trained({"delta": change(received, trained), "rank": kept["rank"]}, trained["personal"], kept)
+    return Outcome({"delta": change(received, trained), "rank": kept["rank"]}, trained["personal"], kept)
 
 
 def own_bytes(tree, full: int, rank) -> jax.Array:

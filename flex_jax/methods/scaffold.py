@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flex_jax.federated.method import Arrived, ClientRule, Method, Received, ServerRule, Trained, change
+from flex_jax.federated.method import Arrived, ClientRule, Method, Outcome, Received, ServerRule, change
 
 
 def zeros(shared: dict) -> dict:
@@ -31,12 +31,12 @@ def optimizer(received: Received, clip, adamw) -> optax.GradientTransformation:
     return optax.chain(clip, adamw, optax.stateless(correct))
 
 
-def finish(received: Received, trained: dict) -> Trained:
+def finish(received: Received, trained: dict) -> Outcome:
     """c_i+ = c_i - c + (x - y_i) / (K lr); the change of c_i is sent."""
     path, delta = received.steps * received.learning_rate, change(received, trained)
     control = jax.tree.map(lambda moved, drift: -moved / path - drift, delta, correction(received))
     upload = {"delta": delta, "control": jax.tree.map(jnp.subtract, control, received.client.kept["control"])}
-    return Trained(upload, trained["personal"], {"control": control})
+    return Outcome(upload, trained["personal"], {"control": control})
 
 
 def update(shared: dict, kept: dict, arrived: Arrived) -> tuple[dict, dict]:

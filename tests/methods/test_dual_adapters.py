@@ -47,10 +47,6 @@ def train(tree, gradient, data):
     return tree
 
 
-def test_fedit_is_fedavg():
-    assert METHODS["fedit"] == METHODS["fedavg"]
-
-
 # FedPer, FedRep: three layers, of which the last two are personal.
 CUT = Settings(ClientSettings(personal_layers=2, personal_steps=0.4))
 
@@ -257,21 +253,6 @@ def test_fdlora_fuses_with_the_weights_of_least_penalised_loss():
     assert search(received, (1.0, 0.5), 0.01) == [0.0, 0.0]  # all that it can gain costs more
     newcomer = received._replace(client=client._replace(kept=kept | {"rounds": jnp.int32(0)}))
     assert search(newcomer, (1.0, 0.5), 1.0) == [0.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "count"),
-    [
-        ("feddpa", Settings(), 1),  # its first round trains the shared adapter only
-        ("fdlora", Settings(server=ServerSettings(learning_rate=1.0, beta1=0.0)), 2),
-    ],
-)
-def test_the_shared_adapter_is_fedavg_where_the_paper_says_so(name, settings, count, prepared, one_round):
-    cohorts = [(0, 2), (1, 3)][:count]
-    _, first, ours = run(name, prepared, one_round, cohorts, settings)
-    _, _, fedavg = run("fedavg", prepared, one_round, cohorts, Settings())
-    for a, b in zip(ours, fedavg, strict=True):
-        assert_close(a.server.shared["global"], b.server.shared, first.server.shared["global"], bound=1e-5)
 
 
 def test_a_round_of_personal_steps_alone_changes_nothing_shared(prepared, one_round):

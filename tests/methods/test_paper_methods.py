@@ -130,22 +130,6 @@ def test_server_optimisers_over_four_rounds(name):
         np.testing.assert_allclose(shared["w"], w, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "count"),
-    [
-        ("fedprox", Settings(ClientSettings(proximal_mu=0.0)), 2),
-        ("scaffold", Settings(), 1),  # its controls are zero in the first round
-        ("fedavgm", Settings(server=ServerSettings(beta1=0.0)), 2),
-    ],
-)
-def test_a_method_is_fedavg_where_its_paper_says_so(name, settings, count, prepared, one_round):
-    cohorts = [(0, 2), (1, 3)][:count]
-    _, first, ours = rounds(name, prepared, one_round, cohorts, settings=settings)
-    _, _, fedavg = rounds("fedavg", prepared, one_round, cohorts)
-    for a, b in zip(ours, fedavg, strict=True):
-        assert_close(a.server.shared, b.server.shared, first.server.shared, bound=1e-5)
-
-
 def test_clients_weigh_alike_where_that_is_asked_for(prepared, one_round, model, params, batches):
     settings = Settings(server=ServerSettings(weighting="uniform"))
     _, first, (after,) = rounds("fedavg", prepared, one_round, [(0, 3)], settings=settings)

@@ -45,22 +45,6 @@ def model_of(recipe_of, name, settings, frozen, state, client):
     return collections(recipe_of(name, settings), frozen, state.server, row(state, client))["adapters"]
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("ditto", Settings(ClientSettings(ditto_lambda=50.0))),
-        ("apfl", Settings(ClientSettings(mixing_alpha=0.7))),
-        ("fedala", Settings(ClientSettings(weight_learning_rate=0.0, personal_layers=2))),
-    ],
-)
-def test_the_common_part_is_fedavg(name, settings, prepared, one_round):
-    """Ditto and APFL share what FedAvg does, whatever their clients keep; FedALA's weights of one change nothing."""
-    _, first, ours = rounds(name, prepared, one_round, COHORTS, settings=settings)
-    _, _, fedavg = rounds("fedavg", prepared, one_round, COHORTS)
-    for a, b in zip(ours, fedavg, strict=True):
-        assert_close(a.server.shared["global"], b.server.shared, first.server.shared["global"], bound=1e-5)
-
-
 def ditto_client(model, params, own, anchor, data, pull):
     optimizer = adamw()
     state = optimizer.init(own)
