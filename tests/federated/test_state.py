@@ -48,9 +48,10 @@ def test_rows_of_changing_cohorts_come_back_bit_for_bit(name, opened):
             expected |= {n: jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], rows) for i, n in enumerate(cohort)}
             state = state._replace(round=state.round + 1, clients=rows, server=changed(state.server, by))
             checkpoints.hold(cohort, rows)
-            assert_same(checkpoints.load(np.array([cohort[1], 2])), jax.tree.map(
-                lambda *leaves: np.concatenate(leaves), expected[cohort[1]], expected[2]
-            ))
+            assert_same(
+                checkpoints.load(np.array([cohort[1], 2])),
+                jax.tree.map(lambda *leaves: np.concatenate(leaves), expected[cohort[1]], expected[2]),
+            )
             checkpoints.save(state)
     again, begun = opened(name)
     with again:

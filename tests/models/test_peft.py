@@ -164,6 +164,45 @@ def test_lora_is_merged_in_float32(model_config, params):
     jax.tree.map(np.testing.assert_array_equal, merged, half)  # and nothing else is changed
 
 
+def test_what_clients_merged_goes_into_the_kernels(model_config, params):
+    """A `delta` beside a LoRA, both under alpha / rank: the merged weights give the logits of the adapters."""
+    adapters = trained_lora(model_config)
+    for name, pair in adapters["layers"]["attention"].items():
+        pair["delta"] = 0.1 * jax.random.normal(jax.random.PRNGKey(len(name)), (pair["lora_a"] @ pair["lora_b"]).shape)
+    model, tokens = Decoder(model_config, AdapterConfig(LORA)), jnp.arange(12)[None]
+    ours = model.apply({"params": params, "adapters": adapters}, tokens).logits
+    merged = model.apply({"params": merge_lora(params, adapters, LORA)}, tokens).logits
+    np.testing.assert_allclose(merged, ours, atol=1e-4)
+    del adapters["layers"]["attention"]["q_proj"]["delta"]
+    assert np.abs(model.apply({"params": params, "adapters": adapters}, tokens).logits - ours).max() > 1e-2
+
+
+def test_two_adapters_joined_are_one_of_twice_the_rank_on_disk(model_config, tmp_path):
+    """Their scale stays that of each: alpha doubles with the rank."""
+    joined = jax.tree.map(
+        lambda pair: {
+            "lora_a": jnp.concatenate([pair["lora_a"]] * 2, axis=-1),
+            "lora_b": jnp.concatenate([pair["lora_b"]] * 2, axis=-2),
+        },
+        trained_lora(model_config),
+        is_leaf=lambda node: "lora_a" in node,
+    )
+    save_adapter(tmp_path, model_config, joined, LORA, "base")
+    raw = json.loads((tmp_path / CONFIG).read_text())
+    assert (raw["r"], raw["lora_alpha"]) == (2 * LORA.rank, 2 * LORA.alpha)
+    again = load_adapter(tmp_path, model_config, LoraConfig(2 * LORA.rank, 2 * LORA.alpha))
+    jax.tree.map(np.testing.assert_array_equal, again, joined)
+
+
+def test_a_slot_without_a_gate_is_written_with_an_open_one(model_config, params):
+    slot = SlotConfig(gate="none")
+    tree, grafts = fill_slots(params, jnp.zeros((3, 1), jnp.int32), slot, None)
+    index = grafts["layers"]["moe"]["slot"]["expert_index"]
+    full = full_slot(params, tree["layers"]["moe"]["slot"], index, slot)
+    assert full["gate"].shape == (3, 16, 1) and not full["gate"].any()
+    np.testing.assert_array_equal(jax.nn.sigmoid(full["gate_bias"]), np.ones((3, 1)))
+
+
 def test_a_slot_trained_by_lora_becomes_whole_experts(model_config, params):
     slot = SlotConfig(experts=2, training="lora", lora=LoraConfig(rank=3, alpha=6.0))
     chosen = jnp.array([[4, 1], [0, 5], [3, 2]])
