@@ -83,7 +83,7 @@ def draw(path: Path, lines: list[dict]) -> None:
         figure.subplots(1, 2), ("round_s", "memory_at_end_mb"), ("seconds a round", "MB"), strict=True
     ):
         axes.plot([line["clients"] for line in lines], [line[key] for line in lines], "o-")
-        axes.set(xlabel="clients", ylabel=label, xscale="log", ylim=(0, None), title=key)
+        axes.set(xlabel="clients", ylabel=label, xscale="log", ylim=(0, 1.2 * max(line[key] for line in lines)))
     figure.savefig(path, dpi=120)
 
 

@@ -11,6 +11,7 @@ from flex_jax.reporting.tables import SUMMARY_COLUMNS, human_bytes, mean_number,
 from flex_jax.reporting.writers import write_text
 
 EXAMPLES = 6  # shown at most, each from another client
+LEADING = 10  # methods in a plot of lines or bars, whose colours can still be told apart
 
 CSS = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #52606d; --line: #e4e7eb; --soft: #f5f7fa; }
@@ -87,11 +88,20 @@ def _summary(results: Mapping, notes: Sequence[str]) -> str:
                     f'<h2 style="margin-top:24px">Notes</h2><ul>{listed}</ul>' if notes else "")
 
 
+def _leading(results: Mapping) -> tuple[Mapping, str]:
+    """The results of the best methods alone where there are many, and the words for a caption."""
+    methods = ranked_methods(results)
+    best = methods[:LEADING]
+    words = f" The {LEADING} best of {len(methods)} methods by ROUGE-L." if len(methods) > LEADING else ""
+    return {**results, "runs": [run for run in results["runs"] if run["method"] in best]}, words
+
+
 def _learning(results: Mapping, metrics: Sequence[Mapping]) -> str:
+    leading, words = _leading(results)
     return _section("Learning curves", _figure(
-        plots.learning_curves(results, metrics),
+        plots.learning_curves(leading, metrics),
         "Loss on the response tokens by round, mean over the clients that took part. The band is one standard "
-        "deviation over the seeds."))
+        f"deviation over the seeds.{words}"))
 
 
 def _clients(results: Mapping) -> str:
@@ -109,23 +119,28 @@ def _clients(results: Mapping) -> str:
                          + f"<small>{loss}</small>")
         rows.append([_cell(client["name"]), _cell(client["train_examples"]), _cell(client["eval_examples"]), *cells])
     header = ["client", "train", "eval", *(_swatch(results, method) for method in methods)]
+    leading, words = _leading(results)
     return _section(
         "Clients",
-        _figure(plots.client_bars(results), "ROUGE-L of each client on its own test examples, mean over the seeds; "
-                "the error bar is one standard deviation over the seeds."),
+        _figure(plots.client_bars(leading), "ROUGE-L of each client on its own test examples, mean over the seeds; "
+                f"the error bar is one standard deviation over the seeds.{words}"),
         "<p><small>Examples to train and to evaluate; ROUGE-L in percent, the best in bold, above the evaluation "
         "loss.</small></p>", _table(header, rows))
 
 
 def _grafts(results: Mapping) -> str:
-    figures = []
+    """A figure for each choice of experts, whose caption names the methods that made it."""
+    alike: dict[str, list[Mapping]] = {}
     for method in _methods(results):
         run = next(run for run in results["runs"] if run["method"] == method)
-        if run["clients"] and all(client.get("grafted_experts") for client in run["clients"]):
-            figures.append(_figure(
-                plots.grafted_experts(run["clients"]),
-                f"{method}, seed {run['seed']}: the number of the pretrained expert that each client grafted in each "
-                "MoE layer. Darker cells: more clients chose that expert in that layer."))
+        grafts = [client.get("grafted_experts") for client in run["clients"]]
+        if grafts and all(grafts):
+            alike.setdefault(f"{run['seed']} {grafts}", []).append(run)
+    figures = [_figure(
+        plots.grafted_experts(runs[0]["clients"]),
+        f"{', '.join(run['method'] for run in runs)}, seed {runs[0]['seed']}: the number of the pretrained expert that "
+        "each client grafted in each MoE layer. Darker cells: more clients chose that expert in that layer.")
+        for runs in alike.values()]
     return _section("Grafted experts", *figures) if figures else ""
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from flex_jax.reporting.tables import human_bytes, human_count
+from flex_jax.reporting.tables import human_bytes, human_count, ranked_methods
 
 # Okabe and Ito's colours, told apart by colour-blind readers, then others for long lists of methods.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B", "#6B6B6B",
@@ -35,9 +35,8 @@ STYLE = {
 
 
 def method_colours(results: Mapping) -> dict[str, str]:
-    """A colour for each method, in the order of the runs."""
-    methods = dict.fromkeys(run["method"] for run in results["runs"])
-    return {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(methods)}
+    """A colour for each method, the best first: in a long list those that lead can be told apart."""
+    return {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(ranked_methods(results))}
 
 
 def learning_curves(results: Mapping, metrics: Sequence[Mapping]) -> str:
