@@ -82,7 +82,8 @@ def _header(results: Mapping, metrics: Sequence[Mapping]) -> str:
 def _summary(results: Mapping, notes: Sequence[str]) -> str:
     rows = [[_swatch(results, row[0]), *map(_cell, row[1:])] for row in summary_rows(results)]
     text = ("Mean over clients, then over seeds, ± one sample standard deviation over the seeds. ROUGE-L is F1 in "
-            "percent. Columns frozen, shared and personal count parameters.")
+            "percent. Up and down: bytes of one client in a round. Columns frozen, shared and personal (of one client) "
+            "count parameters.")
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return _section("Summary", f"<p><small>{text}</small></p>", _table(map(_cell, SUMMARY_COLUMNS), rows),
                     f'<h2 style="margin-top:24px">Notes</h2><ul>{listed}</ul>' if notes else "")

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-SUMMARY_COLUMNS = ("method", "seeds", "ROUGE-L", "eval loss", "up/client/round", "down/client/round", "frozen",
-                   "shared", "personal/client", "s/round")
+SUMMARY_COLUMNS = ("method", "seeds", "ROUGE-L", "eval loss", "up/round", "down/round", "frozen", "shared",
+                   "personal", "s/round")
 PLAN_COLUMNS = ("method", "clients", "frozen", "shared", "personal", "up", "down", "client", "frozen", "clients",
                 "activations", "peak")
 PLAN_GROUPS = {2: "parameters", 5: "sent/client/round", 7: "held by a", 8: "memory of the process"}
