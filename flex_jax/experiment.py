@@ -18,7 +18,7 @@ from flex_jax.data.sources import load_records
 from flex_jax.errors import FailedRuns, InputError
 from flex_jax.evaluation.evaluate import HeldOut
 from flex_jax.federated.cohort import read_availability
-from flex_jax.methods import Method, find_method
+from flex_jax.methods import Method, blame, find_method
 from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import plan_table, summary_table
 from flex_jax.reporting.writers import MetricsWriter, read_metrics, summarise, write_json, write_text
@@ -42,7 +42,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
         read_availability(config.availability, config.clients, config.cohort or config.clients)
     records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
     federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
-    rows = [describe(config, backbone, name) for name in config.methods]
+    rows = [plan_method(config, backbone, name) for name in config.methods]
     claim(workdir, config)
     metrics = MetricsWriter(workdir / "metrics.jsonl")
     print(plan_table(rows), flush=True)
@@ -57,8 +57,9 @@ def run(config: ConfigDict, workdir: Path) -> dict:
             try:
                 finished = run_one(config, backbone, federations[seed], name, seed, workdir, metrics, compiled)
             except Exception as error:  # whatever breaks one method must not lose the others
-                results["failures"].append(failure(workdir, name, seed, error))
+                results["failures"].append(failure(workdir, config, name, seed, error))
             else:
+                failure_file(workdir, name, seed).unlink(missing_ok=True)
                 results["runs"].append(finished)
             results["summary"] = summarise(results["runs"])
             write_json(workdir / "results.json", results)
@@ -75,11 +76,29 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     return results
 
 
-def failure(workdir: Path, name: str, seed: int, error: Exception) -> dict:
+def plan_method(config: ConfigDict, backbone: Backbone, name: str) -> dict:
+    """`describe`, which traces a method for the first time: a mistake in a file of the user's is an InputError."""
+    method = for_method(config, name).method
+    try:
+        return describe(config, backbone, name)
+    except Exception as error:  # the file is the user's own program, which may raise anything
+        if not blame(method, error) or isinstance(error, InputError):
+            raise
+        raise InputError(f"{blame(method, error)}: {type(error).__name__}: {error}") from error
+
+
+def failure_file(workdir: Path, name: str, seed: int) -> Path:
+    return workdir / "failures" / f"{name}-seed{seed}.txt"
+
+
+def failure(workdir: Path, config: ConfigDict, name: str, seed: int, error: Exception) -> dict:
     """The entry of results.json for a run that broke off; its traceback goes to a file."""
-    (workdir / "failures").mkdir(exist_ok=True)
-    write_text(workdir / "failures" / f"{name}-seed{seed}.txt", "".join(traceback.format_exception(error)))
-    line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    file = failure_file(workdir, name, seed)
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, "".join(traceback.format_exception(error)))
+    place = blame(for_method(config, name).method, error)
+    line = f"{place}: " if place else ""
+    line += f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     print(f"flex_jax: {name} seed {seed} failed: {line}", file=sys.stderr)
     return {"method": name, "seed": seed, "error": line}
 

@@ -1,6 +1,7 @@
 """The command line: python -m flex_jax.main --config FILE [--workdir DIR] [--config.KEY=VALUE ...].
 
-Exit status: 0 when every run finished, 2 with one line for a mistake that the user can mend, 130 when interrupted.
+Exit status: 0 when every run finished, 1 when runs failed, 2 with one line for a mistake that the user can mend, 130
+when interrupted.
 """
 
 import argparse

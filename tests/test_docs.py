@@ -33,7 +33,7 @@ def test_a_method_in_a_file_of_ones_own_runs_beside_others(checkpoint, tmp_path)
 @pytest.mark.parametrize("name", ["fedsa", "fedprox"])
 def test_the_other_examples_are_the_methods_of_the_package(name, checkpoint, tmp_path):  # noqa: F811
     block = next(block for block in BLOCKS if f"\n{name} = " in f"\n{block}")
-    head = "import jax\nimport optax\nfrom flex_jax.federated.method import ClientRule, Method\n"
+    head = BLOCKS[0] + "\n"
     (tmp_path / "mine.py").write_text(head + block)
     losses = []
     for method in (f"{tmp_path}/mine.py:{name}", {"fedsa": "fedsa_lora", "fedprox": "fedprox"}[name]):
@@ -47,6 +47,11 @@ BAD_FILES = {
     "raises": ("x = 1\ny = 1 / 0\n", ":mine", r"mine.py, line 2: ZeroDivisionError"),
     "holds no such name": ("other = 1\n", ":mine", "mine in .*mine.py must be a flex_jax.methods.Method"),
     "holds something else": ("mine = 1\n", ":mine", "mine in .*mine.py must be a flex_jax.methods.Method"),
+    "owns not all": (
+        "from flex_jax.methods import Method\nmine = Method(placement=(('a', 'shared'),))\n",
+        ":mine",
+        "mine.py: ValueError: adapter layers/.*is covered by no row",
+    ),
     "has no name": ("mine = 1\n", ":", "must be a method's name or path/to/file.py:name"),
     "is missing": (None, ":mine", "mine.py is no file"),
 }

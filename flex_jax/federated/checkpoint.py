@@ -11,15 +11,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from flex_jax.errors import InputError
 from flex_jax.federated.state import NO_CLIENTS, ClientState, RoundState
 
 
 def load_row(file: Path) -> list[np.ndarray]:
-    """The leaves of one client, in order."""
-    row = load_file(file)
-    return [row[str(i)] for i in range(len(row))]
+    """The leaves of one client, in order. Raises InputError for a file that is lost or damaged."""
+    try:
+        row = load_file(file)
+        return [row[str(i)] for i in range(len(row))]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(
+            f"{file}: lost or damaged ({error}); without {file.parents[1]} the same command starts this run anew"
+        ) from error
 
 
 class Checkpoints:
@@ -103,7 +110,7 @@ class Checkpoints:
         old = [self._file(number, newest[number]) for number in numbers if newest[number]]
         if held.clients:
             for position, number in enumerate(numbers):
-                row = {str(i): np.ascontiguousarray(leaf[position]) for i, leaf in enumerate(held.clients)}
+                row = {str(i): np.array(leaf[position]) for i, leaf in enumerate(held.clients)}
                 save_file(row, self._file(number, round))
             newest[numbers] = round
         self._manager.save(round, args=ocp.args.StandardSave(self._saved(held, newest)))

@@ -74,13 +74,22 @@ def find_method(name: str) -> Method:
         raise InputError(f"method {name!r}: {path} is no file")
     try:
         found = runpy.run_path(path).get(attribute)
-    except Exception as error:  # the file is the user's own program, which may raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        place = f"{path}, line {lines[-1]}" if lines else path
-        raise InputError(f"{place}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is the user's own program, which may raise anything
+        raise InputError(f"{blame(name, error) or path}: {type(error).__name__}: {error}") from error
     if not isinstance(found, Method):
         raise InputError(f"method {name!r}: {attribute} in {path} must be a flex_jax.methods.Method")
     return found
 
 
-__all__ = ["METHODS", "Method", "find_method"]
+def blame(name: str, error: BaseException) -> str:
+    """The last line of a method's own file that an error came through, as "path, line 3"; empty where there is none,
+    and for the methods of this package."""
+    path, line = name.rpartition(":")[0], None
+    for frame in traceback.extract_tb(error.__traceback__):
+        line = frame.lineno if frame.filename == path else line
+    if isinstance(error, SyntaxError) and error.filename == path:
+        line = error.lineno
+    return f"{path}, line {line}" if path and line else path
+
+
+__all__ = ["METHODS", "Method", "blame", "find_method"]

@@ -30,25 +30,28 @@ def assert_trees_close(ours, expected, bound=1e-5):
 
 
 @partial(jax.jit, static_argnums=0)
-def plain_gradients(model, params, fixed, trained, tokens, mask):
+def plain_gradients(model, params, fixed, grafts, trained, tokens, mask):
     """Loss and gradients of (shared, personal) beside `fixed` adapters, with dense experts and full logits."""
 
     def loss(trained):
-        logits = model.apply({"params": params, "adapters": merge(fixed, *trained)}, tokens).logits[:, :-1]
+        variables = {"params": params, "adapters": merge(fixed, *trained), "grafts": grafts}
+        logits = model.apply(variables, tokens).logits[:, :-1]
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return (entropy * mask[:, 1:]).sum() / mask[:, 1:].sum()
 
     return jax.value_and_grad(loss)(trained)
 
 
-def plain_client(model, frozen, shared, personal, batches, learning_rate):
+def plain_client(model, frozen, shared, client, batches, learning_rate):
     """One client as a Python loop over its steps, every activation kept."""
     dense = Decoder(model.config, model.adapters, dense_experts, remat=False)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.1))
-    trained, losses = (shared, personal), []
+    trained, losses = (shared, client.personal), []
     opt_state = optimizer.init(trained)
     for tokens, mask in zip(*batches, strict=True):
-        value, gradients = plain_gradients(dense, frozen.params, frozen.adapters, trained, tokens, mask)
+        value, gradients = plain_gradients(
+            dense, frozen.params, frozen.adapters, client.grafts, trained, tokens, mask
+        )
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         losses.append(float(value))
@@ -61,7 +64,7 @@ def test_a_round_equals_a_loop_over_clients(name, prepared, one_round, model, ba
     after, metrics = one_round(name, frozen, state)
     shared, personal, losses = [], [], []
     for client in range(len(examples)):
-        own = jax.tree.map(lambda leaf, c=client: leaf[c], state.clients.personal)
+        own = jax.tree.map(lambda leaf, c=client: leaf[c], state.clients)
         data = [leaf[client] for leaf in batches]
         trained, loss = plain_client(model, frozen, state.server.shared, own, data, float(cosine(0, 5, 1e-2, 1e-3)))
         shared.append(trained[0])

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from flex_jax.errors import InputError
 from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.federated.start import start
 
@@ -32,7 +33,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("name", ["flex", "local", "scaffold"])
+@pytest.mark.parametrize("name", ["flex", "apfl", "hetlora"])
 def test_rows_of_changing_cohorts_come_back_bit_for_bit(name, opened):
     """After every round and again in a new process: those of any cohort, and those of clients never drawn."""
     checkpoints, begun = opened(name)
@@ -85,6 +86,20 @@ def test_a_round_cut_off_before_its_end_leaves_the_last_one(opened, tmp_path):
     with again:
         assert int(again.restore(begun.state).round) == 1
         assert_same(again.load(cohort), rows)
+
+
+def test_a_lost_file_of_a_client_is_named(opened, tmp_path):
+    checkpoints, begun = opened("local")
+    with checkpoints:
+        checkpoints.hold(np.array([3]), checkpoints.load(np.array([3])))
+        checkpoints.save(begun.state._replace(round=np.int32(1)))
+    for file in (tmp_path / "clients").iterdir():
+        file.unlink()
+    again, begun = opened("local")
+    with again:
+        again.restore(begun.state)
+        with pytest.raises(InputError, match="client000003-round000001.safetensors: lost or damaged"):
+            again.load(np.array([3]))
 
 
 def test_a_save_that_fails_is_not_silent(opened, tmp_path, monkeypatch):

@@ -1,0 +1,70 @@
+"""Our round against that of a PyTorch + peft program on the same shape and machine, run in turn.
+
+    python benchmarks/against_torch.py --peer ../shared/peers/torch_flex --python peer/bin/python --shape small \\
+        --clients 4 --batch 4 --sequence 128 --steps 2
+
+--peer: a folder whose bench.py prints a JSON line with `tokens_per_s` and `round_s_median`, and whose fedmoe.py knows
+the shape by name; --python: an interpreter with what it needs. Both programs have random weights in float32, LoRA of
+rank 32 and dropout 0.05, for FLEx a slot trained in full. Each is run --repeats times, ours and the peer's in turn, the
+peer with each of --experts. One JSON line each, then the ratio of our median to that of the peer's best setting.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).parent
+WRITE_SHAPE = "import sys; from fedmoe import qwen2moe_config as shape; shape(sys.argv[1]).save_pretrained(sys.argv[2])"
+
+
+def last_line(command: list, folder: Path | None = None) -> dict:
+    """The JSON object that a program ends with."""
+    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True)
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--shape", default="small")
+    parser.add_argument("--method", default="flex")
+    for name, default in (("clients", 4), ("batch", 4), ("sequence", 128), ("steps", 2), ("rounds", 5), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--experts", nargs="+", default=["grouped_mm", "eager"])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([options.python, "-c", WRITE_SHAPE, options.shape, folder], cwd=options.peer, check=True)
+        values = {
+            "clients": options.clients,
+            "batch_size": options.batch,
+            "sequence_length": options.sequence,
+            "local_steps": options.steps,
+            "model.remat": False,
+        }
+        ours = [sys.executable, HERE / "round.py", Path(folder) / "config.json", "--method", options.method]
+        ours += ["--rounds", options.rounds, *(f"--config.{key}={value}" for key, value in values.items())]
+        theirs = [options.python, "bench.py", "--config", options.shape, "--method", options.method]
+        theirs += ["--clients", options.clients, "--batch", options.batch, "--seq", options.sequence]
+        theirs += ["--steps", options.steps, "--rounds", options.rounds]
+        speeds = {}
+        for _ in range(options.repeats):
+            for name in ("ours", *options.experts):
+                command = ours if name == "ours" else [*theirs, "--experts-impl", name]
+                line = last_line(command, None if name == "ours" else options.peer)
+                speeds.setdefault(name, []).append(line["tokens_per_s"])
+                print(json.dumps({"program": name, "tokens_per_s": line["tokens_per_s"]}), flush=True)
+    best = max(options.experts, key=lambda name: median(speeds[name]))
+    ratio = median(speeds["ours"]) / median(speeds[best])
+    medians = {name: round(median(values), 1) for name, values in speeds.items()}
+    print(json.dumps({"shape": options.shape, "tokens_per_s": medians, "best_peer": best, "ratio": round(ratio, 2)}))
+
+
+if __name__ == "__main__":
+    main()
