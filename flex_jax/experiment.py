@@ -50,6 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> dict:
     done = {(finished["method"], finished["seed"]) for finished in results["runs"]}
     results["failures"] = []
     for name in config.methods:
+        jax.clear_caches()  # the programs of the last method: a process can hold so many of them only
         compiled = {}  # one compilation serves all rounds and seeds of a method
         for seed in config.seeds:
             if (name, seed) in done:
