@@ -297,7 +297,7 @@ def test_a_broken_config_of_the_run(tmp_path, capsys):
     [
         ("config.json", {"clients": 3}, "flex-seed0: damaged, or not of the config.json beside it"),
         ("config.json", {"methods": []}, "config.methods is"),
-        ("config.json", {"methods": ["flox"]}, "method 'flox' is unknown"),
+        ("config.json", {"methods": ["flox"]}, "flox-seed0: no checkpoint of this method"),
         ("config.json", {"rank": 3}, "not the config of a run of this version"),
         ("results.json", {"runs": []}, "results.json: not the results of a run"),
         ("checkpoints/flex-seed0/server/1/default/manifest.ocdbt", None, "flex-seed0: damaged"),
