@@ -15,6 +15,7 @@ from flex_jax.models.moe import MoE, Probe
 from flex_jax.models.norm import RMSNorm
 from flex_jax.models.rotary import rotary
 from flex_jax.ops.experts import frozen_experts
+from flex_jax.ops.saved import SAVED
 
 Caches = dict[str, Cache]  # by stack of layers
 
@@ -71,7 +72,8 @@ class Decoder(nn.Module):
 
     `params` the frozen backbone; `adapters` what is trained (LoRA, personal slots), absent or empty for the pretrained
     model; `grafts` the int32 indices of the experts that the slots came from. LoRA dropout is active where the random
-    stream "dropout" is given. With `remat` a backward pass computes each layer again from its input.
+    stream "dropout" is given. With `remat` a backward pass computes each layer again from its input; without, the
+    products of its matrices are kept and only what is cheap is computed again.
     """
 
     config: ModelConfig
@@ -93,7 +95,7 @@ class Decoder(nn.Module):
 
     def _stack(self, layers: int, *, dense: bool):
         return nn.scan(
-            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            nn.remat(Layer, prevent_cse=False, policy=None if self.remat else SAVED),
             variable_axes={"params": 0, "adapters": 0, "grafts": 0},
             split_rngs={"params": True, DROPOUT: True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

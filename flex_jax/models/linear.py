@@ -7,6 +7,7 @@ from flex_jax.models.config import LoraConfig
 from flex_jax.models.lora import lora_delta, lora_experts_delta
 from flex_jax.ops.experts import swiglu
 from flex_jax.ops.quantised import Quantised, dequantise
+from flex_jax.ops.saved import saved
 
 
 def frozen_matrix(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array | Quantised:
@@ -40,7 +41,7 @@ class Projection(nn.Module):
             y = y + lora_delta(self, self.lora, x)
         if self.has_variable("adapters", "experts_a"):
             y = y + lora_experts_delta(self, self.lora, x)
-        return y
+        return saved(y)
 
 
 class MLP(nn.Module):
@@ -53,7 +54,8 @@ class MLP(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         gate_up = dequantise(frozen_matrix(self, "gate_up", (width, 2 * self.hidden)), x.dtype)
-        y = swiglu(x @ gate_up) @ dequantise(frozen_matrix(self, "down", (self.hidden, width)), x.dtype)
+        y = swiglu(saved(x @ gate_up)) @ dequantise(frozen_matrix(self, "down", (self.hidden, width)), x.dtype)
+        y = saved(y)
         if self.gated:
             y = jax.nn.sigmoid(x @ self.param("gate", nn.initializers.lecun_normal(), (width, 1))) * y
         return y

@@ -11,6 +11,7 @@ from flex_jax.models.config import ModelConfig, SlotConfig
 from flex_jax.models.linear import MLP, frozen_matrix
 from flex_jax.models.slot import PersonalSlot
 from flex_jax.ops.experts import ExpertWeights
+from flex_jax.ops.saved import saved
 
 
 class Observation(NamedTuple):
@@ -62,7 +63,7 @@ class MoE(nn.Module):
             frozen_matrix(self, "gate_up", (c.experts, c.width, 2 * c.expert_width)),
             frozen_matrix(self, "down", (c.experts, c.expert_width, c.width)),
         )
-        logits = tokens @ router
+        logits = saved(tokens @ router)
         index, weight = route(logits, c)
         y = routed = self.experts(tokens, weights, index, weight)
         if c.shared_expert_width:

@@ -16,7 +16,10 @@ def response_loss(model: Decoder, variables: dict, tokens, loss_mask, key=None) 
     position sees it.
     """
     rngs = None if key is None else {DROPOUT: key}
-    hidden = model.apply(variables, tokens[:, :-1], method=Decoder.features, rngs=rngs).hidden
-    loss = token_cross_entropy(hidden, head_weights(model, variables["params"]), tokens[:, 1:])
-    weight = loss_mask[:, 1:].astype(jnp.float32)
-    return (loss * weight).sum(), weight.sum()
+    # All S tokens go in, though nothing is predicted from the last: S is a multiple of what chips compute at once.
+    hidden = model.apply(variables, tokens, method=Decoder.features, rngs=rngs).hidden
+    targets = jnp.roll(tokens, -1, axis=1)
+    wanted = jnp.roll(loss_mask != 0, -1, axis=1).at[:, -1].set(False)
+    head = head_weights(model, variables["params"])
+    loss = token_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), wanted.reshape(-1))
+    return loss.sum(), wanted.sum().astype(jnp.float32)

@@ -8,6 +8,7 @@ from flex_jax.models.config import SlotConfig
 from flex_jax.models.lora import lora_delta
 from flex_jax.ops.experts import ExpertWeights, swiglu
 from flex_jax.ops.quantised import dequantise
+from flex_jax.ops.saved import saved
 
 
 class SlotProjection(nn.Module):
@@ -19,8 +20,8 @@ class SlotProjection(nn.Module):
     def __call__(self, x, frozen):
         """x [r, T, D] -> [r, T, F]; `frozen()` gives the grafted weights [r, D, F] where the slot has none."""
         if self.has_variable("adapters", "kernel"):
-            return jnp.einsum("rtd,rdf->rtf", x, self.get_variable("adapters", "kernel").astype(x.dtype))
-        return jnp.einsum("rtd,rdf->rtf", x, frozen()) + lora_delta(self, self.slot.lora, x)
+            return saved(jnp.einsum("rtd,rdf->rtf", x, self.get_variable("adapters", "kernel").astype(x.dtype)))
+        return saved(jnp.einsum("rtd,rdf->rtf", x, frozen()) + lora_delta(self, self.slot.lora, x))
 
 
 class PersonalSlot(nn.Module):

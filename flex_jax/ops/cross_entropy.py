@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, in chunks of it: the logits of a batch never exist as a whole."""
+"""Cross-entropy at the positions that have a loss, a few at a time: the logits of a batch never exist as a whole."""
 
 from functools import partial
 
@@ -6,74 +6,58 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNK = 8192  # vocabulary entries whose logits exist at one time
+from flex_jax.ops.folding import fold_clients
+
+ROWS = 512  # positions whose logits exist at one time; so many that a GPU computes them no slower than it reads `head`
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_cross_entropy(features: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = CHUNK) -> jax.Array:
-    """-log softmax(features head')[target], in nats, per position.
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def token_cross_entropy(
+    features: jax.Array, head: jax.Array, targets: jax.Array, wanted: jax.Array, rows: int = ROWS
+) -> jax.Array:
+    """-log softmax(features head')[target], in nats, of the wanted positions, and zero at the others: [T] float32.
 
-    features [..., D]; head [V, D], frozen: it gets no gradient; targets [...] int32 in [0, V). Returns [...] float32.
-    A running maximum and sum over chunks of the vocabulary (online softmax); the backward pass computes each chunk's
-    logits again. Floor, in multiply-adds a position: forward D V, backward 2 D V; memory one chunk of logits.
+    features [T, D]; head [V, D], frozen: it gets no gradient; targets [T] int32 in [0, V); wanted [T] boolean. Under
+    `vmap` over clients their positions are joined, so that only wanted ones are computed, `rows` at a time.
+
+    With a gradient, the forward pass makes that of each position's loss beside it, while its logits are at hand. Floor,
+    in multiply-adds a wanted position: D V for the loss, D V for the gradient; memory `rows` x V logits.
     """
-    return _forward(features, head, targets, chunk)[0]
+    return _folded(rows, False)(features, head, targets, wanted)[0]
 
 
-def _chunks(vocabulary: int, chunk: int) -> tuple[int, int]:
-    chunk = min(chunk, vocabulary)
-    return chunk, -(-vocabulary // chunk)
+def _folded(rows: int, with_gradient: bool):
+    return fold_clients(partial(_compute, rows, with_gradient), frozen=(1,))
 
 
-def _logits(features, head, chunk, i):
-    """Logits of chunk i [..., chunk] and the vocabulary entries they stand for [chunk].
+def _compute(rows, with_gradient, features, head, targets, wanted):
+    """The losses [T], and their gradients [T, D] where asked for: (losses,) or (losses, gradients)."""
+    tokens = len(features)
+    rows = min(rows, tokens)
+    # The wanted positions first, then ones that do not exist: reading them gives zeros, writing them nothing.
+    (order,) = jnp.nonzero(wanted, size=-(-tokens // rows) * rows, fill_value=tokens)
 
-    The last chunk starts earlier rather than beyond the end; entries that the one before has counted are minus
-    infinity here.
-    """
-    start = jnp.minimum(i * chunk, head.shape[0] - chunk)
-    rows = lax.dynamic_slice_in_dim(head, start, chunk)
-    entries = start + jnp.arange(chunk)
-    logits = jnp.einsum("...d,vd->...v", features, rows, preferred_element_type=jnp.float32)
-    return jnp.where(entries >= i * chunk, logits, -jnp.inf), entries, rows
+    def step(i, out):
+        positions = lax.dynamic_slice_in_dim(order, i * rows, rows)
+        own, target = (array.at[positions].get(mode="fill", fill_value=0) for array in (features, targets))
+        logits = jnp.einsum("rd,vd->rv", own, head, preferred_element_type=jnp.float32)
+        log_normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        new = [(log_normaliser - jnp.take_along_axis(logits, target[:, None], axis=-1))[:, 0]]
+        if with_gradient:
+            d_logits = jnp.exp(logits - log_normaliser) - (jnp.arange(len(head)) == target[:, None])
+            new.append(jnp.einsum("rv,vd->rd", d_logits.astype(head.dtype), head, preferred_element_type=jnp.float32))
+        return tuple(held.at[positions].set(part, mode="drop") for held, part in zip(out, new, strict=True))
 
-
-def _forward(features, head, targets, chunk):
-    chunk, count = _chunks(head.shape[0], chunk)
-
-    def accumulate(i, carry):
-        maximum, total, target_logit = carry
-        logits, entries, _ = _logits(features, head, chunk, i)
-        new_maximum = jnp.maximum(maximum, logits.max(-1))
-        total = total * jnp.exp(maximum - new_maximum) + jnp.exp(logits - new_maximum[..., None]).sum(-1)
-        hit = (targets[..., None] == entries) & (entries >= i * chunk)
-        return new_maximum, total, target_logit + jnp.where(hit, logits, 0.0).sum(-1)
-
-    zeros = jnp.zeros(targets.shape, jnp.float32)
-    maximum, total, target_logit = lax.fori_loop(0, count, accumulate, (zeros - jnp.inf, zeros, zeros))
-    log_normaliser = maximum + jnp.log(total)
-    return log_normaliser - target_logit, log_normaliser
+    out = (jnp.zeros(tokens, jnp.float32), *([jnp.zeros_like(features)] if with_gradient else []))
+    return lax.fori_loop(0, -(-wanted.sum() // rows), step, out)
 
 
-def _cross_entropy_fwd(features, head, targets, chunk):
-    loss, log_normaliser = _forward(features, head, targets, chunk)
-    return loss, (features, head, targets, log_normaliser)
+def _forward(features, head, targets, wanted, rows):
+    return _folded(rows, True)(features, head, targets, wanted)
 
 
-def _cross_entropy_bwd(chunk, residuals, d_loss):
-    features, head, targets, log_normaliser = residuals
-    chunk, count = _chunks(head.shape[0], chunk)
-
-    def accumulate(i, d_features):
-        logits, entries, rows = _logits(features, head, chunk, i)
-        hit = (targets[..., None] == entries) & (entries >= i * chunk)
-        d_logits = (jnp.exp(logits - log_normaliser[..., None]) - hit) * d_loss[..., None]
-        return d_features + jnp.einsum(
-            "...v,vd->...d", d_logits.astype(rows.dtype), rows, preferred_element_type=jnp.float32
-        )
-
-    d_features = lax.fori_loop(0, count, accumulate, jnp.zeros(features.shape, jnp.float32))
-    return d_features.astype(features.dtype), None, None
+def _backward(rows, gradients, d_loss):
+    return gradients * d_loss[:, None].astype(gradients.dtype), None, None, None
 
 
-token_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+token_cross_entropy.defvjp(_forward, _backward)

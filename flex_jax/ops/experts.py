@@ -4,9 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from flex_jax.ops.grouped import grouped_matmul
+from flex_jax.ops.folding import fold_clients
+from flex_jax.ops.grouped import map_groups
 from flex_jax.ops.quantised import Quantised, dequantise
+from flex_jax.ops.saved import PRODUCT
 
 
 class ExpertWeights(NamedTuple):
@@ -42,73 +45,66 @@ def frozen_experts(x: jax.Array, weights: ExpertWeights, index: jax.Array, weigh
     Under `vmap` over clients (`weights` unbatched) the client axis joins the token axis, so that C clients cost one
     set of grouped matmuls on C times the tokens. Raises ValueError when a `vmap` would batch the weights.
 
-    Floor, in multiply-adds a token: forward 3 K D F; backward 5 K D F, of which 2 recompute the hidden layer.
+    Floor, in multiply-adds a token: forward 3 K D F, backward 3 K D F; the hidden layer [T, K, 2F] is kept for it.
     """
-    return _forward(x, *weights, index, weight)
+    return _forward(x, weights, index, weight)[0]
 
 
 def _sort(index: jax.Array, num_experts: int):
-    """Order of the T*K (token, expert) assignments by expert, its inverse, and how many each expert has."""
+    """Order of the T*K (token, expert) assignments by expert, its inverse [T, K], and how many each expert has."""
     flat = index.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
-    return order, inverse, jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+    return order, inverse.reshape(index.shape), jnp.bincount(flat, length=num_experts).astype(jnp.int32)
 
 
-def _forward_tokens(x, gate_up, down, index, weight):
-    tokens, k = index.shape
-    order, inverse, sizes = _sort(index, gate_up.shape[0])
-    activation = swiglu(grouped_matmul(x[order // k], gate_up, sizes))
-    outputs = grouped_matmul(activation, down, sizes)[inverse].reshape(tokens, k, -1)
-    return jnp.einsum("tkd,tk->td", outputs, weight.astype(x.dtype))
+def _sum_of_token(rows: jax.Array, inverse: jax.Array) -> jax.Array:
+    """The sum of a token's K rows: sorted rows [T*K, D] -> [T, D]. Written out: one pass, with no array [T, K, D]."""
+    return sum(rows[inverse[:, k]] for k in range(inverse.shape[1]))
 
 
-def _backward_tokens(x, gate_up, down, index, weight, dy):
-    tokens, k = index.shape
-    order, inverse, sizes = _sort(index, gate_up.shape[0])
-    activation, pull_back = jax.vjp(swiglu, grouped_matmul(x[order // k], gate_up, sizes))
+def _forward_rows(matmul, x, weight, gate_up, down):
+    hidden = matmul(x, gate_up)
+    return matmul(swiglu(hidden), down) * weight[:, None], hidden
+
+
+def _backward_rows(matmul, hidden, weight, dy, gate_up, down):
+    activation, pull_back = jax.vjp(swiglu, hidden)
     # <dy, a W> = <dy W', a>: the routing weight's gradient needs no second pass through the down projection
-    d_activation = grouped_matmul(dy[order // k].astype(x.dtype), down, sizes, transposed=True)
+    d_activation = matmul(dy, down, transposed=True)
     d_weight = jnp.einsum("nf,nf->n", d_activation, activation, preferred_element_type=jnp.float32)
-    routed = d_activation * weight.reshape(-1)[order][:, None].astype(x.dtype)
-    (d_hidden,) = pull_back(routed)
-    dx = grouped_matmul(d_hidden, gate_up, sizes, transposed=True)[inverse].reshape(tokens, k, -1).sum(1)
-    return dx.astype(x.dtype), d_weight[inverse].reshape(tokens, k).astype(weight.dtype)
+    (d_hidden,) = pull_back(d_activation * weight[:, None])
+    return matmul(d_hidden, gate_up, transposed=True), d_weight
 
 
-def _fold_clients(function, weight_arguments=(1, 2)):
-    """`function` of per-token arrays and frozen weights, whose `vmap` folds the client axis into the token axis."""
-    folded = jax.custom_batching.custom_vmap(function)
-
-    @folded.def_vmap
-    def rule(clients, batched, *arguments):
-        if any(jax.tree.leaves([batched[i] for i in weight_arguments])):
-            raise ValueError("frozen_experts cannot be vmapped over expert weights: clients share one frozen backbone")
-        flat = []
-        for i, (argument, is_batched) in enumerate(zip(arguments, batched, strict=True)):
-            if i not in weight_arguments:
-                if not is_batched:
-                    argument = jnp.broadcast_to(argument, (clients, *argument.shape))
-                argument = argument.reshape(-1, *argument.shape[2:])
-            flat.append(argument)
-        out = folded(*flat)
-        split = jax.tree.map(lambda leaf: leaf.reshape(clients, -1, *leaf.shape[1:]), out)
-        return split, jax.tree.map(lambda _: True, out)
-
-    return folded
+def _forward_tokens(x, weights, index, weight):
+    """(y [T, D], hidden [T, K, 2F])"""
+    order, inverse, sizes = _sort(index, weights.down.shape[0])
+    rows = x[order // index.shape[1]], weight.reshape(-1)[order].astype(x.dtype)
+    outputs, hidden = map_groups(_forward_rows, rows, weights, sizes)
+    return _sum_of_token(outputs, inverse), hidden[inverse]
 
 
-_forward = _fold_clients(_forward_tokens)
-_backward = _fold_clients(_backward_tokens)
+def _backward_tokens(hidden, weights, index, weight, dy):
+    order, inverse, sizes = _sort(index, weights.down.shape[0])
+    hidden = hidden.reshape(len(order), -1)[order]
+    rows = hidden, weight.reshape(-1)[order].astype(hidden.dtype), dy[order // index.shape[1]]
+    dx, d_weight = map_groups(_backward_rows, rows, weights, sizes)
+    return _sum_of_token(dx, inverse), d_weight[inverse].astype(weight.dtype)
+
+
+_forward = fold_clients(_forward_tokens, frozen=(1,))
+_backward = fold_clients(_backward_tokens, frozen=(1,))
 
 
 def _frozen_experts_fwd(x, weights, index, weight):
-    return _forward(x, *weights, index, weight), (x, weights, index, weight)
+    y, hidden = _forward(x, weights, index, weight)
+    return y, (checkpoint_name(hidden, PRODUCT), weights, index, weight)
 
 
 def _frozen_experts_bwd(residuals, dy):
-    x, weights, index, weight = residuals
-    dx, d_weight = _backward(x, *weights, index, weight, dy)
+    hidden, weights, index, weight = residuals
+    dx, d_weight = _backward(hidden, weights, index, weight, dy.astype(hidden.dtype))
     return dx, None, None, d_weight
 
 

@@ -1,4 +1,4 @@
-"""The chunked loss against the full logits."""
+"""The loss of wanted positions, a few at a time, against the full logits."""
 
 import jax
 import jax.numpy as jnp
@@ -8,46 +8,78 @@ import pytest
 
 from flex_jax.ops.cross_entropy import token_cross_entropy
 
-B, S, D, V = 2, 7, 16, 100
+T, D, V = 14, 16, 100
 
 
 @pytest.fixture
 def arrays():
-    keys = jax.random.split(jax.random.PRNGKey(0), 3)
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
     return (
-        jax.random.normal(keys[0], (B, S, D)) * 3,
+        jax.random.normal(keys[0], (T, D)) * 3,
         jax.random.normal(keys[1], (V, D)),
-        jax.random.randint(keys[2], (B, S), 0, V).at[0, :2].set(jnp.array([0, V - 1])),
+        jax.random.randint(keys[2], (T,), 0, V).at[:2].set(jnp.array([0, V - 1])),
+        jax.random.bernoulli(keys[3], 0.5, (T,)).at[:2].set(True),
     )
 
 
-def full(features, head, targets):
-    return optax.softmax_cross_entropy_with_integer_labels(jnp.einsum("bsd,vd->bsv", features, head), targets)
+def full(features, head, targets, wanted):
+    return optax.softmax_cross_entropy_with_integer_labels(features @ head.T, targets) * wanted
 
 
-@pytest.mark.parametrize("chunk", [1, 33, 50, 100, 8192], ids=lambda chunk: f"chunk{chunk}")
-def test_value_and_gradient_equal_the_full_logits(arrays, chunk):
-    features, head, targets = arrays
-    weight = jnp.arange(B * S, dtype=jnp.float32).reshape(B, S)
+def value_and_gradient(loss, features):
+    weight = jnp.arange(1.0, 1 + features.shape[-2])
+    return jax.value_and_grad(lambda features: (loss(features) * weight).sum())(features)
 
-    def total(loss, features):
-        return (loss(features) * weight).sum()
 
-    ours = jax.value_and_grad(lambda f: total(lambda f: token_cross_entropy(f, head, targets, chunk), f))(features)
-    reference = jax.value_and_grad(lambda f: total(lambda f: full(f, head, targets), f))(features)
+def assert_close(ours, reference):
     for a, b in zip(ours, reference, strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 7, T, 512], ids=lambda rows: f"rows{rows}")
+def test_value_and_gradient_equal_the_full_logits(arrays, rows):
+    features, head, targets, wanted = arrays
+    ours = value_and_gradient(lambda f: token_cross_entropy(f, head, targets, wanted, rows), features)
+    assert_close(ours, value_and_gradient(lambda f: full(f, head, targets, wanted), features))
+    np.testing.assert_array_equal(ours[1][~wanted], 0.0)
+
+
+def test_the_loss_without_a_gradient_is_the_same(arrays):
+    np.testing.assert_allclose(token_cross_entropy(*arrays, 3), full(*arrays), rtol=1e-5)
+
+
+@pytest.mark.parametrize("nobody", [True, False])
+def test_where_nothing_is_wanted_all_is_zero(arrays, nobody):
+    features, head, targets, _ = arrays
+    wanted = jnp.zeros(T, bool).at[0].set(not nobody)
+    loss, gradient = value_and_gradient(lambda f: token_cross_entropy(f, head, targets, wanted), features)
+    assert (float(loss) == 0.0 and not gradient.any()) == nobody
+
+
+def test_clients_by_vmap_are_those_one_by_one(arrays):
+    """Their positions are joined: some have many, one has none."""
+    _, head, _, _ = arrays
+    keys = jax.random.split(jax.random.PRNGKey(1), 3)
+    features = jax.random.normal(keys[0], (3, T, D))
+    targets = jax.random.randint(keys[1], (3, T), 0, V)
+    wanted = jax.random.bernoulli(keys[2], 0.4, (3, T)).at[1].set(False)
+
+    def one(loss):
+        return jax.vmap(lambda f, t, w: value_and_gradient(lambda f: loss(f, head, t, w), f))
+
+    ours = jax.jit(one(lambda *given: token_cross_entropy(*given, 4)))(features, targets, wanted)
+    assert_close(ours, one(full)(features, targets, wanted))
+
+
 def test_the_logits_of_a_batch_never_exist(arrays):
     """Neither pass makes an array of positions x vocabulary."""
-    features, head, targets = arrays
-    gradient = jax.grad(lambda f: token_cross_entropy(f, head, targets, 10).sum())
+    features, head, targets, wanted = arrays
+    gradient = jax.grad(lambda f: token_cross_entropy(f, head, targets, wanted, 3).sum())
     text = jax.jit(gradient).lower(features).as_text()
-    assert f"tensor<{B}x{S}x{V}xf32>" not in text
-    assert f"tensor<{B}x{S}x10xf32>" in text
+    assert f"tensor<{T}x{V}xf32>" not in text
+    assert f"tensor<3x{V}xf32>" in text
 
 
 def test_large_logits_do_not_overflow(arrays):
-    features, head, targets = arrays
-    assert np.isfinite(token_cross_entropy(features * 1e4, head, targets, 30)).all()
+    features, *rest = arrays
+    assert np.isfinite(token_cross_entropy(features * 1e4, *rest, 5)).all()
