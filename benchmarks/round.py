@@ -1,56 +1,84 @@
-"""One federated round on a real shape with random weights: tokens a second and peak memory, beside the plan's.
+"""One federated round with random weights: tokens a second, use of the device's matmul rate, memory beside the plan's.
 
-    python benchmarks/round.py benchmarks/shapes/Qwen1.5-MoE-A2.7B.json --config.model.dtype=bfloat16 \\
-        --config.model.quantisation=int4 --config.slot.training=lora --config.batch_size=1 \\
-        --config.sequence_length=64 --config.local_steps=1
+    python benchmarks/round.py benchmarks/shapes/small.json --config.clients=4 --config.batch_size=4 \\
+        --config.sequence_length=128 --config.local_steps=2 --config.model.remat=False
 
-The setting is that of --config (configs/dolly_pathological.py) and of further arguments (--config.KEY=VALUE), for one
-method (--method flex); the second half of every sequence is its response. The first round compiles; the median of the
---rounds after it is told. Prints one JSON line. `peak_gb` is what the device reports, or on CPU the largest resident
-memory of the process.
+The setting is that of --config (configs/dolly_pathological.py) and of further arguments (--config.KEY=VALUE: clients,
+batch_size, sequence_length, local_steps, model.dtype, model.quantisation, model.remat, lora.*, slot.*, mesh.*), for one
+method (--method flex); the second half of every sequence is its response. The median of
+--rounds after a first one is told. Prints one JSON line; with --plot, draws how far the round is from its floor.
+`round_gb` is what the compiled program holds (backbone, state, batches and its scratch); `peak_gb` is of the process.
+
+`utilisation` is what of the matmul rate measured in the same process (`matmul_gflops`) goes into the floating-point
+operations that a round cannot do without (`floor_gflop`, see benchmarks/README.md); recomputation does not count.
 """
 
 import argparse
-import json
-import resource
 import time
 from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from measure import device, draw_bars, emit, matmul_rate, multiply_adds, peak_bytes, random_params
 
-from flex_jax.config import for_method
+from flex_jax.config import for_method, validate
 from flex_jax.data.batches import Batch
 from flex_jax.federated.compression import tree_bytes
-from flex_jax.federated.round import make_round
 from flex_jax.main import load, override
 from flex_jax.models.checkpoint import empty_params, read_model_config
 from flex_jax.models.decoder import Decoder
-from flex_jax.simulation import Backbone, any_run, describe
+from flex_jax.simulation import Backbone, any_run, build_round, describe
 
 
-def random_params(shapes: dict) -> dict:
-    """Weights that look random, made without temporaries larger than themselves."""
-
-    @partial(jax.jit, static_argnums=(0, 1))
-    def leaf(shape, dtype):
-        places = sum(
-            jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(2654435761 + 2 * axis * 40503)
-            for axis in range(len(shape))
-        )
-        if jnp.issubdtype(dtype, jnp.integer):
-            return (places >> 13).astype(dtype)
-        return ((places >> 13).astype(jnp.uint8).astype(jnp.float32) / 6400.0).astype(dtype)
-
-    return jax.tree.map(lambda held: leaf(held.shape, held.dtype), shapes)
+def random_backbone(config, shape_file: Path) -> Backbone:
+    """Random weights of the shape in a config.json, as config.model asks for."""
+    shape = read_model_config(shape_file)
+    quantisation = None if config.model.quantisation == "none" else config.model.quantisation
+    shapes = jax.eval_shape(partial(empty_params, shape, dtype=config.model.dtype, quantisation=quantisation))
+    return Backbone(Decoder(shape, remat=config.model.remat), random_params(shapes), None)
 
 
-def peak_bytes() -> int:
-    """The most memory used so far."""
-    reported = jax.devices()[0].memory_stats()
-    return reported["peak_bytes_in_use"] if reported else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def random_batches(config, vocabulary: int) -> Batch:
+    """Tokens [C, steps, B, S], the second half of each sequence its response."""
+    grid = (config.clients, config.local_steps, config.batch_size, config.sequence_length)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, grid).astype(np.int32)
+    response = np.arange(config.sequence_length) >= config.sequence_length // 2
+    return Batch(tokens, np.broadcast_to(response, grid).astype(np.float32))
+
+
+def time_rounds(config, backbone: Backbone, rounds: int) -> dict:
+    """Seconds to compile and of a round, tokens a second, the bytes that the compiled round holds at its peak."""
+    run = any_run(config, backbone, jax.random.PRNGKey(0))
+    frozen, state, fresh = run.start
+    round_fn = build_round(config, run)
+    batches = random_batches(config, backbone.model.config.vocab_size)
+    cohort = np.arange(config.clients, dtype=np.int32)
+    state, examples = state._replace(clients=fresh(cohort)), np.ones(config.clients, np.float32)
+    started = time.perf_counter()
+    compiled = round_fn.lower(frozen, state, batches, cohort, examples).compile()
+    compile_seconds, seconds = time.perf_counter() - started, []
+    for _ in range(1 + rounds):
+        started = time.perf_counter()
+        state, metrics = jax.block_until_ready(compiled(frozen, state, batches, cohort, examples))
+        seconds.append(time.perf_counter() - started)
+    median, memory = float(np.median(seconds[1:])), compiled.memory_analysis()
+    return {
+        "clients x steps x batch x sequence": " x ".join(map(str, batches.tokens.shape)),
+        "compile_s": round(compile_seconds, 2),
+        "round_s": round(median, 4),
+        "tokens_per_s": round(batches.tokens.size / median, 1),
+        "round_gb": round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9, 4),
+        "loss_is_finite": bool(np.isfinite(metrics["clients"]["train_loss"]).all()),
+    }
+
+
+def read_setting(known: argparse.Namespace, changes: list[str]):
+    """The config of the one method."""
+    config = load(known.config)
+    override(config, changes)
+    validate(config)
+    return for_method(config, known.method)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -58,58 +86,37 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("model", type=Path, help="a config.json")
     parser.add_argument("--config", default="configs/dolly_pathological.py")
     parser.add_argument("--method", default="flex")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that are timed")
+    parser.add_argument("--plot", type=Path)
     known, changes = parser.parse_known_args(arguments)
-    config = load(known.config)
-    override(config, changes)
-    config = for_method(config, known.method)
-    shape = read_model_config(known.model)
-    quantisation = None if config.model.quantisation == "none" else config.model.quantisation
-    params = random_params(
-        jax.eval_shape(partial(empty_params, shape, dtype=config.model.dtype, quantisation=quantisation))
-    )
-    model = Decoder(shape, remat=config.model.remat)
-    backbone = Backbone(model, params, None)
+    config = read_setting(known, changes)
+    backbone = random_backbone(config, known.model)
     planned = describe(config, backbone, known.method)
-    recipe, (frozen, state, fresh) = any_run(config, backbone, jax.random.PRNGKey(0))
-    state = state._replace(clients=fresh(np.arange(config.clients)))
-    round_fn = make_round(
-        recipe,
-        clients=config.clients,
-        rounds=config.rounds,
-        learning_rate=config.optimizer.learning_rate,
-        final_learning_rate=config.optimizer.final_learning_rate,
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.optimizer.clip_norm,
-    )
-    grid = (config.clients, config.local_steps, config.batch_size, config.sequence_length)
-    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, grid).astype(np.int32)
-    response = np.arange(config.sequence_length) >= config.sequence_length // 2
-    batches = Batch(tokens, np.broadcast_to(response, grid).astype(np.float32))
-    cohort, examples = np.arange(config.clients, dtype=np.int32), np.ones(config.clients, np.float32)
-    seconds = []
-    for _ in range(1 + known.rounds):
-        started = time.perf_counter()
-        state, metrics = jax.block_until_ready(round_fn(frozen, state, batches, cohort, examples))
-        seconds.append(time.perf_counter() - started)
-    first, *timed = seconds
-    round_seconds = float(np.median(timed))
-    result = {
-        "model": known.model.stem,
-        "dtype": config.model.dtype,
-        "quantisation": config.model.quantisation,
-        "clients x steps x batch x sequence": " x ".join(map(str, grid)),
-        "backbone_gb": round(tree_bytes(params) / 1e9, 3),
+    result = {"model": known.model.stem, "method": known.method, "dtype": config.model.dtype}
+    result |= {"quantisation": config.model.quantisation, "remat": config.model.remat}
+    result |= time_rounds(config, backbone, known.rounds)
+    result |= {
+        "backbone_gb": round(tree_bytes(backbone.params) / 1e9, 3),
         "planned_peak_gb": round(planned["peak_bytes"] / 1e9, 3),
         "peak_gb": round(peak_bytes() / 1e9, 3),
-        "first_round_s": round(first, 1),
-        "round_s": round(round_seconds, 4),
-        "tokens_per_s": round(tokens.size / round_seconds, 1),
-        "loss_is_finite": bool(np.isfinite(metrics["clients"]["train_loss"]).all()),
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
     }
-    print(json.dumps(result))
-    return result
+    if not backbone.model.config.latent_rank and known.method == "flex" and config.slot.training == "full":
+        tokens = config.clients * config.local_steps * config.batch_size * config.sequence_length
+        adapters = any_run(config, backbone, jax.random.PRNGKey(0)).recipe.model.adapters
+        needed = multiply_adds(backbone.model.config, adapters, config.sequence_length)
+        floor = 2 * tokens * (needed["forward"] + needed["backward"])
+        rate = matmul_rate(config.model.dtype)
+        result |= {
+            "floor_gflop": round(floor / 1e9, 1),
+            "matmul_gflops": round(rate / 1e9, 1),
+            "floor_s": round(floor / rate, 4),
+            "utilisation": round(floor / rate / result["round_s"], 3),
+        }
+    result["device"] = device()
+    if known.plot:
+        values = {name: result[key] for name, key in (("this round", "round_s"), ("floor", "floor_s")) if key in result}
+        draw_bars(known.plot, f"{known.model.stem}: {result['tokens_per_s']:,.0f} tokens/s", "seconds", values)
+    return emit(result)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.federated.cohort import read_availability, sample_cohort
 from flex_jax.federated.method import ClientSettings, Recipe, ServerSettings, Settings
 from flex_jax.federated.plan import plan
-from flex_jax.federated.round import make_round
+from flex_jax.federated.round import RoundFunction, make_round
 from flex_jax.federated.start import Start, start
 from flex_jax.federated.state import RoundState
 from flex_jax.grafting.selection import select
@@ -162,6 +162,20 @@ def graft(config: ConfigDict, backbone: Backbone, federation: Federation, key: j
     return np.repeat(chosen, config.clients, axis=0) if slot.calibration == "common" else chosen
 
 
+def build_round(config: ConfigDict, run: Run) -> RoundFunction:
+    """The round function of a method, `config` being its own."""
+    optimizer = config.optimizer
+    return make_round(
+        run.recipe,
+        clients=config.clients,
+        rounds=config.rounds,
+        learning_rate=optimizer.learning_rate,
+        final_learning_rate=optimizer.final_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=optimizer.clip_norm,
+    )
+
+
 def train(
     config: ConfigDict,
     run: Run,
@@ -175,7 +189,7 @@ def train(
 
     label: (method, seed). `compiled` keeps the compiled round of a method for its other seeds.
     """
-    (name, seed), recipe, frozen = label, run.recipe, run.start.frozen
+    (name, seed), frozen = label, run.start.frozen
     state = checkpoints.restore(run.start.state) or run.start.state
     first = int(state.round)
     metrics.rewind(f"{name}-seed{seed}", first)
@@ -199,17 +213,7 @@ def train(
 
     started = time.perf_counter()
     if "round" not in compiled:
-        optimizer = config.optimizer
-        round_fn = make_round(
-            recipe,
-            clients=config.clients,
-            rounds=config.rounds,
-            learning_rate=optimizer.learning_rate,
-            final_learning_rate=optimizer.final_learning_rate,
-            weight_decay=optimizer.weight_decay,
-            clip_norm=optimizer.clip_norm,
-        )
-        compiled["round"] = round_fn.lower(*prepare_round(first)).compile()
+        compiled["round"] = build_round(config, run).lower(*prepare_round(first)).compile()
     compile_seconds = time.perf_counter() - started
 
     progress = tqdm(range(first, config.rounds), initial=first, total=config.rounds, desc=f"{name} seed {seed}")
@@ -237,7 +241,7 @@ def train(
             for group in cohorts(config):
                 batches = [Batch(*(leaf[group] for leaf in batch)) for batch in federation.held_out.batches]
                 rows = checkpoints.load(group)
-                losses = evaluation_loss(recipe, frozen, state.server, rows, batches)
+                losses = evaluation_loss(run.recipe, frozen, state.server, rows, batches)
                 for client, value in zip(group, losses, strict=True):
                     lines.setdefault(int(client), {})["eval_loss"] = float(value)
         metrics.write(f"{name}-seed{seed}", name, seed, number, lines)
