@@ -93,6 +93,9 @@ SCHEMA = {
     "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "type of the frozen weights"),
     "model.quantisation": Key("none", _one_of("none", "int8", "int4"), "integers that hold the frozen matrices"),
     "model.remat": Key(True, _FLAG, "compute activations again in the backward pass: less memory, more time"),
+    "mesh.clients": Key(1, _at_least(1), "devices that divide a cohort among them"),
+    "mesh.fsdp": Key(1, _at_least(1), "devices that divide a client's batch, each with a slice of the backbone"),
+    "mesh.expert": Key(1, _at_least(1), "the same, where experts stay on their device and tokens come to them"),
     "data.path": Key("tiny", _TEXT, "tiny (the embedded data), a file, a directory or a Hugging Face data set"),
     "data.split": Key("train", _TEXT, "split of a Hugging Face data set"),
     "data.fields": Key("auto", _TEXT, "which columns hold instruction and response; auto finds out"),
@@ -289,6 +292,13 @@ def _validate_together(config: ConfigDict, where: str) -> None:
     if config.cohort > config.clients:
         raise InputError(
             f"config.cohort is {config.cohort}: must be at most config.clients, {config.clients}, or 0 for every client"
+        )
+    cohort, rows = config.cohort or config.clients, config.mesh.fsdp * config.mesh.expert
+    if cohort % config.mesh.clients:
+        raise InputError(f"config.mesh.clients is {config.mesh.clients}: must divide the clients of a round, {cohort}")
+    if config.batch_size % rows:
+        raise InputError(
+            f"config.mesh.fsdp x config.mesh.expert is {rows}: must divide config.batch_size, {config.batch_size}"
         )
     if any(rank > config.lora.rank for rank in config.client.ranks):
         raise InputError(

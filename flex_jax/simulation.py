@@ -1,6 +1,7 @@
 """One simulated run: graft, train round by round, evaluate. What it is given is built once for all runs."""
 
 import itertools
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ from flex_jax.federated.cohort import read_availability, sample_cohort
 from flex_jax.federated.method import ClientSettings, Recipe, ServerSettings, Settings
 from flex_jax.federated.plan import plan
 from flex_jax.federated.round import RoundFunction, make_round
+from flex_jax.federated.sharding import make_mesh, param_sharding, place
 from flex_jax.federated.start import Start, start
 from flex_jax.federated.state import RoundState
 from flex_jax.grafting.selection import select
@@ -66,11 +69,26 @@ def checkpoint_name(config: ConfigDict) -> str:
     return str(tiny.CHECKPOINT) if config.model.path == "tiny" else config.model.path
 
 
+def build_mesh(config: ConfigDict) -> Mesh | None:
+    """The devices of config.mesh, None for one. Raises InputError where there are fewer."""
+    sizes = config.mesh.to_dict()
+    wanted, devices = math.prod(sizes.values()), jax.device_count()
+    if wanted > devices:
+        axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise InputError(f"config.mesh is {axes}, {wanted} devices: must be at most {devices}, as many as there are")
+    return make_mesh(**sizes)
+
+
 def load_backbone(config: ConfigDict) -> Backbone:
     """The model, frozen parameters and tokenizer of config.model."""
     path = find_checkpoint(checkpoint_name(config))
     quantisation = None if config.model.quantisation == "none" else config.model.quantisation
-    model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation)
+    mesh = build_mesh(config)
+    sharding = param_sharding(mesh) if mesh else None
+    model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation, sharding=sharding)
+    if model.config.experts % config.mesh.expert:
+        wanted = f"must divide the {model.config.experts} experts of a layer"
+        raise InputError(f"config.mesh.expert is {config.mesh.expert}: {wanted}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # transformers does not check its files
@@ -173,6 +191,7 @@ def build_round(config: ConfigDict, run: Run) -> RoundFunction:
         final_learning_rate=optimizer.final_learning_rate,
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
+        mesh=build_mesh(config),
     )
 
 
@@ -196,6 +215,7 @@ def train(
     cohort_key = jax.random.fold_in(state.key, COHORT_KEY)
     size = config.cohort or config.clients
     sizes = np.array([len(dataset.tokens) for dataset in federation.train], np.float32)
+    mesh = build_mesh(config)
     trace = read_availability(config.availability, config.clients, size) if config.availability else [None]
 
     def prepare_round(number):
@@ -209,7 +229,8 @@ def train(
             local_steps=config.local_steps,
             batch_size=config.batch_size,
         )
-        return frozen, state._replace(clients=checkpoints.load(cohort)), batches, cohort, sizes[cohort]
+        arguments = frozen, state._replace(clients=checkpoints.load(cohort)), batches, cohort, sizes[cohort]
+        return place(mesh, arguments) if mesh else arguments
 
     started = time.perf_counter()
     if "round" not in compiled:
@@ -219,7 +240,7 @@ def train(
     progress = tqdm(range(first, config.rounds), initial=first, total=config.rounds, desc=f"{name} seed {seed}")
     for number in progress:
         arguments = prepare_round(number)
-        cohort = arguments[3]
+        cohort = np.asarray(arguments[3])
         started = time.perf_counter()
         state, measured = compiled["round"](*arguments)
         measured = jax.device_get(measured)  # waits for the round

@@ -38,6 +38,7 @@ def open_run(workdir: Path, method: str | None = None, seed: int | None = None) 
     Raises InputError when there is no such run.
     """
     config = read_config(workdir)
+    config.mesh.update(clients=1, fsdp=1, expert=1)  # a run over many devices is read back on one
     for name, value, known in (("--method", method, config.methods), ("--seed", seed, config.seeds)):
         if value is not None and value not in known:
             raise InputError(f"{name} {value}: the run in {workdir} has {', '.join(map(str, known))}")

@@ -8,6 +8,7 @@ from flex_jax.data.batches import Batch
 from flex_jax.federated.compression import compress
 from flex_jax.federated.method import Received, Recipe
 from flex_jax.federated.placement import merge
+from flex_jax.federated.sharding import replicated, summed
 from flex_jax.federated.state import ClientState, ClientUpdate, Frozen, ServerState
 from flex_jax.models.objective import response_loss
 
@@ -50,21 +51,26 @@ def client_round(
     *,
     weight_decay: float,
     clip_norm: float,
+    axes: tuple[str, ...] = (),
 ) -> ClientUpdate:
     """Train one client from what it received on batches [steps, B, S]; the mean loss of a step is over its response
     tokens. AdamW, whose moments start anew every round, behind clipping by the joint norm of all that the client
     trains; the method's rule says what is changed of that. Metrics: train_loss (nats a token) and grad_norm (before
-    clipping and the method's corrections), means over steps; the bytes of what the client was sent and sends."""
+    clipping and the method's corrections), means over steps; the bytes of what the client was sent and sends. axes: of
+    the mesh, over which the rows of a batch are divided; each device draws dropout of its own."""
     rule, client, numbers = recipe.method.client, received.client, recipe.settings.client
     adamw = optax.adamw(received.learning_rate, weight_decay=weight_decay)
     optimizer = rule.optimizer(received, optax.clip_by_global_norm(clip_norm), adamw)
 
     def loss_on(batch, step_key):
+        if axes and step_key is not None:
+            step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axes))
+
         def loss(tree):
-            adapters = recipe.method.compose(merge(frozen.adapters, tree), received)
+            adapters = recipe.method.compose(merge(frozen.adapters, replicated(axes, tree)), received)
             variables = {"params": frozen.params, "adapters": adapters, "grafts": client.grafts}
             total, count = response_loss(recipe.model, variables, batch.tokens, batch.loss_mask, step_key)
-            return total / jnp.maximum(count, 1.0)
+            return summed(axes, total) / jnp.maximum(jax.lax.psum(count, axes), 1.0)
 
         return loss
 

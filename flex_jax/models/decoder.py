@@ -14,7 +14,7 @@ from flex_jax.models.lora import DROPOUT
 from flex_jax.models.moe import MoE, Probe
 from flex_jax.models.norm import RMSNorm
 from flex_jax.models.rotary import rotary
-from flex_jax.ops.experts import frozen_experts
+from flex_jax.ops.experts import Experts
 from flex_jax.ops.saved import SAVED
 
 Caches = dict[str, Cache]  # by stack of layers
@@ -43,7 +43,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     adapters: AdapterConfig
-    experts: Callable
+    experts: Experts
     probe: Probe | None
     dense: bool
 
@@ -78,9 +78,10 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     adapters: AdapterConfig = AdapterConfig()
-    experts: Callable = frozen_experts
+    experts: Experts = Experts()
     probe: Probe | None = None
     remat: bool = True
+    gather: Callable[[str, dict], dict] | None = None  # (stack, what a device holds of a layer) -> its parameters
 
     def setup(self):
         c = self.config
@@ -89,18 +90,21 @@ class Decoder(nn.Module):
             self.head = self.param("head", nn.initializers.normal(0.02), (c.vocab_size, c.width))
         stacks = layer_stacks(c)
         if c.dense_layers:
-            self.dense_layers = self._stack(stacks["dense_layers"], dense=True)
-        self.layers = self._stack(stacks["layers"], dense=False)
+            self.dense_layers = self._stack("dense_layers", stacks["dense_layers"])
+        self.layers = self._stack("layers", stacks["layers"])
         self.norm = RMSNorm(c.norm_epsilon)
 
-    def _stack(self, layers: int, *, dense: bool):
+    def _stack(self, name: str, layers: int):
+        layer = Layer
+        if self.gather:  # inside of what is computed again, so that nothing gathered outlives its layer
+            layer = nn.map_variables(Layer, "params", lambda held: {"params": self.gather(name, held["params"])})
         return nn.scan(
-            nn.remat(Layer, prevent_cse=False, policy=None if self.remat else SAVED),
+            nn.remat(layer, prevent_cse=False, policy=None if self.remat else SAVED),
             variable_axes={"params": 0, "adapters": 0, "grafts": 0},
             split_rngs={"params": True, DROPOUT: True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=layers,
-        )(self.config, self.adapters, self.experts, self.probe, dense)
+        )(self.config, self.adapters, self.experts, self.probe, name == "dense_layers")
 
     def features(self, tokens, attention_mask=None, *, positions=None, cache=None) -> Features:
         """Hidden states of tokens [B, S] int32, whose attention_mask [B, S] is 0 at padding or None.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flex_jax.models.config import ModelConfig, SlotConfig
 from flex_jax.models.linear import MLP, frozen_matrix
 from flex_jax.models.slot import PersonalSlot
-from flex_jax.ops.experts import ExpertWeights
+from flex_jax.ops.experts import Experts, ExpertWeights
 from flex_jax.ops.saved import saved
 
 
@@ -50,7 +50,7 @@ class MoE(nn.Module):
 
     config: ModelConfig
     slot: SlotConfig
-    experts: Callable
+    experts: Experts
     probe: Probe | None
 
     @nn.compact
@@ -65,11 +65,11 @@ class MoE(nn.Module):
         )
         logits = saved(tokens @ router)
         index, weight = route(logits, c)
-        y = routed = self.experts(tokens, weights, index, weight)
+        y = routed = self.experts.apply(tokens, weights, index, weight)
         if c.shared_expert_width:
             y = y + MLP(c.shared_expert_width, c.shared_expert_gate, name="shared_expert")(tokens)
         if self.has_variable("adapters", "slot"):
-            y = y + PersonalSlot(self.slot, name="slot")(tokens, weights, index, weight)
+            y = y + PersonalSlot(self.slot, self.experts, name="slot")(tokens, weights, index, weight)
 
         def as_sequences(rows):
             return rows.reshape(*x.shape[:2], -1)

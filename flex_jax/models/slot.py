@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from flex_jax.models.config import SlotConfig
 from flex_jax.models.lora import lora_delta
-from flex_jax.ops.experts import ExpertWeights, swiglu
+from flex_jax.ops.experts import Experts, ExpertWeights, swiglu
 from flex_jax.ops.quantised import dequantise
 from flex_jax.ops.saved import saved
 
@@ -32,6 +32,7 @@ class PersonalSlot(nn.Module):
     """
 
     slot: SlotConfig
+    experts: Experts
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: ExpertWeights, index: jax.Array, weight: jax.Array) -> jax.Array:
@@ -45,7 +46,7 @@ class PersonalSlot(nn.Module):
         each = jnp.broadcast_to(x, (*chosen.shape, *x.shape))
 
         def grafted(stack):
-            return dequantise(jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), stack), x.dtype)
+            return dequantise(self.experts.take(stack, chosen), x.dtype)
 
         def project(name, rows, frozen):
             return SlotProjection(self.slot, name=name)(rows, frozen)

@@ -1,5 +1,6 @@
 """Sparse expert computation: y_t = sum_k w_tk E_{i_tk}(x_t), with SwiGLU experts E(x) = (silu(x G) * x U) W."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -109,3 +110,15 @@ def _frozen_experts_bwd(residuals, dy):
 
 
 frozen_experts.defvjp(_frozen_experts_fwd, _frozen_experts_bwd)
+
+
+def take_experts(stack: jax.Array | Quantised, chosen: jax.Array) -> jax.Array | Quantised:
+    """The matrices [r, D, F] of the experts chosen [r], from all [E, D, F]."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), stack)
+
+
+class Experts(NamedTuple):
+    """What a layer does with its frozen experts; where devices divide them, others take the place of these."""
+
+    apply: Callable[..., jax.Array] = frozen_experts  # arguments and result as of `dense_experts`
+    take: Callable[..., jax.Array | Quantised] = take_experts

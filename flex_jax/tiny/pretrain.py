@@ -27,7 +27,7 @@ from flex_jax.models.checkpoint import save_pretrained
 from flex_jax.models.config import ModelConfig, Rope
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.moe import route
-from flex_jax.ops.experts import ExpertWeights, swiglu
+from flex_jax.ops.experts import Experts, ExpertWeights, swiglu
 from flex_jax.tiny import CHECKPOINT
 from flex_jax.tiny.corpus import documents
 from flex_jax.tiny.tasks import make_records
@@ -175,7 +175,7 @@ def pretrain(out: Path, *, seed: int, steps: list[int], batch: int, sequence: in
     from the start it is not, at this size); then documents with the other words of the office too, at half the rate.
     """
     tokenizer = train_tokenizer(seed)
-    model = Decoder(CONFIG, experts=joined_experts, remat=False)
+    model = Decoder(CONFIG, experts=Experts(joined_experts), remat=False)
     params = initial(model, seed)
 
     def report(number, params, entropy):

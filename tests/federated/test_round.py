@@ -18,7 +18,7 @@ from flex_jax.methods import METHODS
 from flex_jax.models.checkpoint import save_pretrained
 from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
-from flex_jax.ops.experts import dense_experts
+from flex_jax.ops.experts import Experts, dense_experts
 from flex_jax.ops.quantised import Quantised, dequantise
 
 
@@ -44,7 +44,7 @@ def plain_gradients(model, params, fixed, grafts, trained, tokens, mask):
 
 def plain_client(model, frozen, shared, client, batches, learning_rate):
     """One client as a Python loop over its steps, every activation kept."""
-    dense = Decoder(model.config, model.adapters, dense_experts, remat=False)
+    dense = Decoder(model.config, model.adapters, Experts(dense_experts), remat=False)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.1))
     trained, losses = (shared, client.personal), []
     opt_state = optimizer.init(trained)

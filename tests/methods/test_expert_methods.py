@@ -18,7 +18,7 @@ from flex_jax.methods import METHODS
 from flex_jax.models.config import LoraConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.linear import Projection
-from flex_jax.ops.experts import dense_experts
+from flex_jax.ops.experts import Experts, dense_experts
 from tests.methods.test_paper_methods import assert_close, mean, plain_client, rounds
 
 tree_map = jax.tree.map
@@ -68,7 +68,7 @@ def test_fedmoe_trains_experts_in_their_place_and_averages_each_over_its_holders
     prepared, one_round, model, params, batches, examples
 ):
     """Two rounds. Client c grafts expert 3c + l mod 6 of layer l: clients 0 and 2 the same ones, as 1 and 3."""
-    dense = Decoder(model.config, model.adapters, dense_experts, remat=False)
+    dense = Decoder(model.config, model.adapters, Experts(dense_experts), remat=False)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1))
     cohorts = [(0, 2), (0, 1, 2)]
     _, first, states = rounds("fedmoe", prepared, one_round, cohorts)

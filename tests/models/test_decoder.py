@@ -10,7 +10,7 @@ from flex_jax.grafting.surgery import fill_slots
 from flex_jax.models.adapters import init_attention_lora
 from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder, init_cache
-from flex_jax.ops.experts import dense_experts
+from flex_jax.ops.experts import Experts, dense_experts
 
 
 def logits(model, params, tokens, adapters=None, grafts=None, **keywords):
@@ -31,7 +31,7 @@ def test_no_adapters_and_fresh_lora_are_the_pretrained_model_bit_for_bit(model, 
 
 
 def test_sparse_experts_equal_dense_ones_in_the_whole_model(model, params, tokens):
-    dense = Decoder(model.config, experts=dense_experts)
+    dense = Decoder(model.config, experts=Experts(dense_experts))
     np.testing.assert_allclose(logits(model, params, tokens), logits(dense, params, tokens), rtol=1e-4, atol=1e-4)
 
 

@@ -1,0 +1,119 @@
+"""A round over eight virtual devices against the round on one. This file is also the program that has the devices."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHAPE = Path(__file__).parents[2] / "benchmarks/shapes/tiny.json"
+MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
+RUNS = [*((name, "flex", "full", "none") for name in MESHES), ("2x2x2", "flex", "lora", "int4"),
+        ("2x4x1", "fedprox", "full", "none")]  # fmt: skip
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+C, STEPS, B, S = 8, 2, 4, 16
+
+
+def collectives(text):
+    """{kind: elements of all results} in the text of a compiled program."""
+    found = dict.fromkeys(KINDS, 0)
+    for result, kind in re.findall(rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\(", text):
+        shapes = re.findall(r"\w\d+\[([\d,]*)\]", result)
+        found[kind] += sum(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
+    return {kind: elements for kind, elements in found.items() if elements}
+
+
+def main():
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from flex_jax.data.batches import Batch
+    from flex_jax.federated.method import Recipe
+    from flex_jax.federated.round import make_round
+    from flex_jax.federated.sharding import make_mesh, place
+    from flex_jax.federated.start import start
+    from flex_jax.methods import METHODS
+    from flex_jax.models.checkpoint import empty_params, read_model_config
+    from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
+    from flex_jax.models.decoder import Decoder
+
+    config = read_model_config(SHAPE)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (C, STEPS, B, S)).astype(np.int32)
+    mask = (rng.random(tokens.shape) < 0.5).astype(np.float32)  # rows and devices have different numbers of targets
+    data = Batch(tokens, mask), np.arange(C, dtype=np.int32), np.arange(1, 1 + C, dtype=np.float32)
+
+    def random(leaf):  # NumPy, so that a mesh and one device both take it
+        if leaf.dtype == np.uint8:
+            return rng.integers(0, 256, leaf.shape).astype(np.uint8)
+        return (0.1 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    def one_round(recipe, params, mesh):
+        chosen = np.arange(C * config.layers).reshape(C, -1, 1) % config.experts
+        frozen, state, clients = start(recipe, params, chosen, key=jax.random.PRNGKey(1))
+        numbers = dict(rounds=5, learning_rate=1e-2, final_learning_rate=1e-3, weight_decay=0.1, clip_norm=1.0)
+        round_fn = make_round(recipe, clients=C, mesh=mesh, **numbers)
+        arguments = frozen, state._replace(clients=clients(np.arange(C))), *data
+        arguments = place(mesh, arguments) if mesh else arguments
+        compiled = round_fn.lower(*arguments).compile()
+        held = jax.tree.leaves(jax.tree.map(jnp.asarray, arguments[0].params))
+        facts = {
+            "collectives": collectives(compiled.as_text()),
+            "share": sum(leaf.addressable_shards[0].data.nbytes for leaf in held) / sum(leaf.nbytes for leaf in held),
+            "shared": sum(leaf.size for leaf in jax.tree.leaves(state.server.shared)),
+        }
+        after, metrics = compiled(*arguments)
+        return facts, jax.device_get((after.server, after.clients.personal, metrics["clients"]))
+
+    for mesh, method, training, quantisation in RUNS:
+        kind = None if quantisation == "none" else quantisation
+        shapes = jax.eval_shape(lambda kind=kind: empty_params(config, dtype="float32", quantisation=kind))
+        params = jax.tree.map(random, shapes)
+        slot = SlotConfig(training=training, lora=LoraConfig(2, 4.0))
+        recipe = Recipe(Decoder(config, AdapterConfig(LoraConfig(2, 4.0), slot)), METHODS[method])
+        _, expected = one_round(recipe, params, None)
+        facts, ours = one_round(recipe, params, make_mesh(*MESHES[mesh]))
+        pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True)
+        facts["error"] = max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)) for a, b in pairs)
+        print(json.dumps(facts), flush=True)
+
+
+@pytest.fixture(scope="module")
+def rounds():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(RUNS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.xdist_group("mesh")
+@pytest.mark.parametrize("run", RUNS, ids="-".join)
+class TestRoundOverAMesh:
+    def test_it_gives_what_one_device_gives(self, run, rounds):
+        assert rounds[run]["error"] < 1e-5
+
+    def test_a_device_holds_its_share_of_the_backbone(self, run, rounds):
+        _, fsdp, expert = MESHES[run[0]]
+        assert rounds[run]["share"] <= 1.02 / (fsdp * expert)  # vectors are everywhere
+
+    def test_it_has_the_collectives_of_its_axes_and_no_other(self, run, rounds):
+        _, fsdp, expert = MESHES[run[0]]
+        named = {"all-reduce"} | ({"all-gather"} if fsdp * expert > 1 else set())
+        assert set(rounds[run]["collectives"]) == named | ({"reduce-scatter"} if expert > 1 else set())
+
+
+@pytest.mark.xdist_group("mesh")
+def test_between_clients_go_the_shared_adapters_and_nothing_else(rounds):
+    """In size: what devices with clients of their own add up is the mean change, and the sum of examples."""
+    facts = rounds["8x1x1", "flex", "full", "none"]
+    assert facts["shared"] <= facts["collectives"]["all-reduce"] <= facts["shared"] + 1
+
+
+if __name__ == "__main__":
+    main()
