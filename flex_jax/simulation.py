@@ -27,7 +27,7 @@ from flex_jax.federated.cohort import read_availability, sample_cohort
 from flex_jax.federated.method import ClientSettings, Recipe, ServerSettings, Settings
 from flex_jax.federated.plan import plan
 from flex_jax.federated.round import RoundFunction, make_round
-from flex_jax.federated.sharding import make_mesh, param_sharding, place
+from flex_jax.federated.sharding import AXES, make_mesh, param_sharding, place
 from flex_jax.federated.start import Start, start
 from flex_jax.federated.state import RoundState
 from flex_jax.grafting.selection import select
@@ -71,7 +71,7 @@ def checkpoint_name(config: ConfigDict) -> str:
 
 def build_mesh(config: ConfigDict) -> Mesh | None:
     """The devices of config.mesh, None for one. Raises InputError where there are fewer."""
-    sizes = config.mesh.to_dict()
+    sizes = {axis: config.mesh[axis] for axis in AXES}
     wanted, devices = math.prod(sizes.values()), jax.device_count()
     if wanted > devices:
         axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
