@@ -140,8 +140,15 @@ def describe(config: ConfigDict, backbone: Backbone, name: str) -> dict:
         return run.start.frozen, run.start.state._replace(clients=run.start.clients(np.arange(1)))
 
     frozen, state = jax.eval_shape(shapes, backbone.params)
+    slices = own.mesh.fsdp * own.mesh.expert
     row = plan(
-        make_recipe(own, backbone), frozen, state, cohort=cohort, batch=own.batch_size, sequence=own.sequence_length
+        make_recipe(own, backbone),
+        frozen,
+        state,
+        cohort=cohort // own.mesh.clients,
+        batch=own.batch_size // slices,
+        sequence=own.sequence_length,
+        slices=slices,
     )
     return row._asdict() | {"method": name, "clients": own.clients, "cohort": cohort}
 

@@ -9,6 +9,7 @@ from flex_jax.federated.client import exchanged
 from flex_jax.federated.compression import compress, init_residual, tree_bytes
 from flex_jax.federated.method import Recipe
 from flex_jax.federated.state import ClientState, Frozen, RoundState
+from flex_jax.ops.cross_entropy import ROWS
 from flex_jax.ops.quantised import Quantised
 
 
@@ -19,9 +20,9 @@ class Plan(NamedTuple):
     shared: int
     personal_per_client: int
     trained_per_client: int  # the personal ones and what it is sent of the shared ones
-    frozen_bytes: int
+    frozen_bytes: int  # of the backbone, on one device
     client_bytes: int  # adapters, gradients and two moments of one client in training, and its personal state at rest
-    activation_bytes: int  # of the whole cohort's step
+    activation_bytes: int  # of a step of all clients of a device
     peak_bytes: int
     upload_bytes: int  # per client and round
     download_bytes: int
@@ -32,12 +33,15 @@ def count(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantised)))
 
 
-def plan(recipe: Recipe, frozen: Frozen, state: RoundState, *, cohort: int, batch: int, sequence: int) -> Plan:
-    """The plan of a run of `cohort` clients at a time with batches [batch, sequence]; state.clients: any rows.
+def plan(
+    recipe: Recipe, frozen: Frozen, state: RoundState, *, cohort: int, batch: int, sequence: int, slices: int = 1
+) -> Plan:
+    """The plan of a device that trains `cohort` clients at a time with batches [batch, sequence] and holds one of the
+    `slices` of the backbone; state.clients: any rows.
 
     Where clients have ranks of their own, sent bytes are those of the highest. Activations: the input of every layer;
-    what a layer's backward pass needs (attention scores, the K + shared + personal hidden layers), for one layer with
-    rematerialisation and for all of them without; one chunk of logits.
+    the products of its matrices (see ops/saved.py), of one layer with rematerialisation and of all of them without;
+    what the backward pass of one layer computes from them, and gradients; the logits that exist at one time.
     """
     client: ClientState = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients)
     upload, download = exchanged(recipe, state.server, client)
@@ -53,13 +57,13 @@ def plan(recipe: Recipe, frozen: Frozen, state: RoundState, *, cohort: int, batc
     slots = recipe.model.adapters.slot.experts if client.grafts else 0
     itemsize = frozen.params["embedding"].dtype.itemsize
     c = recipe.model.config
-    layer_inputs = tokens * c.layers * c.width * itemsize
-    attention = 3 * cohort * batch * c.heads * sequence * sequence * 4
-    hidden = 3 * c.experts_per_token * (c.width + 2 * c.expert_width) + 3 * 2 * c.shared_expert_width
-    hidden += 3 * 2 * c.expert_width * slots
-    logits = 3 * tokens * min(c.vocab_size, 8192) * 4
-    held = 1 if remat else c.layers
-    activations = layer_inputs + held * (attention + tokens * hidden * itemsize) + logits
+    attended = c.heads * c.key_dim + c.kv_heads * (c.key_dim + c.value_dim)
+    hidden = c.experts_per_token * c.expert_width + c.shared_expert_width + slots * c.expert_width
+    products = attended + 2 * hidden + (2 + slots) * c.width
+    rows = c.experts_per_token * c.width  # a token's, one for each of its experts
+    working = products + hidden + 2 * rows + 3 * c.heads * sequence
+    held = c.layers * c.width + (1 if remat else c.layers) * products + working
+    activations = tokens * held * itemsize + 2 * min(tokens, ROWS) * c.vocab_size * 4
     if isinstance(frozen.params["layers"]["moe"]["gate_up"], Quantised):  # the larger matrices of one layer, plain
         activations += c.experts * c.width * 2 * c.expert_width * itemsize
     client_bytes = 5 * trained_bytes
@@ -68,10 +72,10 @@ def plan(recipe: Recipe, frozen: Frozen, state: RoundState, *, cohort: int, batc
         shared=count(state.server.shared),
         personal_per_client=personal,
         trained_per_client=count(download["shared"]) + personal,
-        frozen_bytes=tree_bytes(frozen),
+        frozen_bytes=tree_bytes(frozen) // slices,
         client_bytes=client_bytes,
         activation_bytes=activations,
-        peak_bytes=tree_bytes(frozen) + tree_bytes(state.server) + cohort * client_bytes + activations,
+        peak_bytes=tree_bytes(frozen) // slices + tree_bytes(state.server) + cohort * client_bytes + activations,
         upload_bytes=tree_bytes(jax.eval_shape(pack, upload)),
         download_bytes=tree_bytes(download),
     )

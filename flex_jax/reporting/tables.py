@@ -7,7 +7,7 @@ SUMMARY_COLUMNS = ("method", "seeds", "ROUGE-L", "eval loss", "up/round", "down/
                    "personal", "s/round")
 PLAN_COLUMNS = ("method", "clients", "frozen", "shared", "personal", "up", "down", "client", "frozen", "clients",
                 "activations", "peak")
-PLAN_GROUPS = {2: "parameters", 5: "sent/client/round", 7: "held by a", 8: "memory of the process"}
+PLAN_GROUPS = {2: "parameters", 5: "sent/client/round", 7: "held by a", 8: "memory of a device"}
 
 
 def human_bytes(count: float) -> str:
