@@ -3,6 +3,9 @@ VENV ?= .venv
 
 .PHONY: quickstart test clean
 
+# What is compiled is kept, so that the second time starts faster.
+quickstart: export JAX_COMPILATION_CACHE_DIR ?= $(abspath $(VENV))/compiled
+quickstart: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m flex_jax.main --config configs/quickstart.py --workdir runs/quickstart
 

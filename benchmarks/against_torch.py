@@ -4,9 +4,10 @@
         --clients 4 --batch 4 --sequence 128 --steps 2
 
 --peer: a folder whose bench.py prints a JSON line with `tokens_per_s` and `round_s_median`, and whose fedmoe.py knows
-the shape by name; --python: an interpreter with what it needs. Both programs have random weights in float32, LoRA of
-rank 32 and dropout 0.05, for FLEx a slot trained in full. Each is run --repeats times, ours and the peer's in turn, the
-peer with each of --experts. One JSON line each, then the ratio of our median to that of the peer's best setting.
+the shape by name; --python: an interpreter with what it needs. Both programs have random weights in float32 (bfloat16
+with --device cuda), LoRA of rank 32 and dropout 0.05, for FLEx a slot trained in full. Each is run --repeats times,
+ours and the peer's in turn, the peer with each of --experts. One JSON line each, then the ratio of our median to that
+of the peer's best setting.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+
+from measure import draw_bars, emit
 
 HERE = Path(__file__).parent
 WRITE_SHAPE = "import sys; from fedmoe import qwen2moe_config as shape; shape(sys.argv[1]).save_pretrained(sys.argv[2])"
@@ -38,6 +41,8 @@ def main() -> None:
     for name, default in (("clients", 4), ("batch", 4), ("sequence", 128), ("steps", 2), ("rounds", 5), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--experts", nargs="+", default=["grouped_mm", "eager"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([options.python, "-c", WRITE_SHAPE, options.shape, folder], cwd=options.peer, check=True)
@@ -46,13 +51,13 @@ def main() -> None:
             "batch_size": options.batch,
             "sequence_length": options.sequence,
             "local_steps": options.steps,
-            "model.remat": False,
-        }
+            "model.remat": options.device == "cuda",  # where all products of a real shape would not fit
+        } | ({"model.dtype": "bfloat16"} if options.device == "cuda" else {})
         ours = [sys.executable, HERE / "round.py", Path(folder) / "config.json", "--method", options.method]
         ours += ["--rounds", options.rounds, *(f"--config.{key}={value}" for key, value in values.items())]
         theirs = [options.python, "bench.py", "--config", options.shape, "--method", options.method]
         theirs += ["--clients", options.clients, "--batch", options.batch, "--seq", options.sequence]
-        theirs += ["--steps", options.steps, "--rounds", options.rounds]
+        theirs += ["--steps", options.steps, "--rounds", options.rounds, "--device", options.device]
         speeds = {}
         for _ in range(options.repeats):
             for name in ("ours", *options.experts):
@@ -63,7 +68,9 @@ def main() -> None:
     best = max(options.experts, key=lambda name: median(speeds[name]))
     ratio = median(speeds["ours"]) / median(speeds[best])
     medians = {name: round(median(values), 1) for name, values in speeds.items()}
-    print(json.dumps({"shape": options.shape, "tokens_per_s": medians, "best_peer": best, "ratio": round(ratio, 2)}))
+    if options.plot:
+        draw_bars(options.plot, f"{options.shape}: {ratio:.2f} times the peer's best", "tokens/s", medians)
+    emit({"shape": options.shape, "tokens_per_s": medians, "best_peer": best, "ratio": round(ratio, 2)})
 
 
 if __name__ == "__main__":

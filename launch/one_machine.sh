@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 
 # Compiled programs are kept, so that a resumed run starts in seconds.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/flex_jax}"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0}"
 exec python -m flex_jax.main --config "$@"

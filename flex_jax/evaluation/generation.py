@@ -84,15 +84,17 @@ def generate(
         i, token, done, cache, out = carry
         out = out.at[:, :, i].set(jnp.where(done, end, token))
         done = done | (token == end)
-        # Padding keys of the prompt are overwritten as the continuation reaches their positions.
-        hidden, cache = jax.vmap(extend)(clients, token[..., None], (lengths + i)[..., None], cache)
+        # Padding keys of the prompt are overwritten as the continuation reaches their positions. Clients are the second
+        # axis of the cache: layers, which a scan takes one by one, stay the first, so that no step turns it over.
+        extend_each = jax.vmap(extend, (0, 0, 0, 1), (0, 1))
+        hidden, cache = extend_each(clients, token[..., None], (lengths + i)[..., None], cache)
         return i + 1, next_token(i + 1, hidden[:, :, 0]), done, cache, out
 
     def unfinished(carry):
         i, _, done, _, _ = carry
         return (i < max_new_tokens) & ~done.all()
 
-    hidden, cache = jax.vmap(read_prompt)(clients, prompts, lengths)
+    hidden, cache = jax.vmap(read_prompt, out_axes=(0, 1))(clients, prompts, lengths)
     out = jnp.full((*lengths.shape, max_new_tokens), end, jnp.int32)
     carry = (jnp.int32(0), next_token(0, hidden), lengths == 0, cache, out)
     return jax.lax.while_loop(unfinished, step, carry)[-1]

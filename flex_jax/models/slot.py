@@ -32,7 +32,7 @@ class PersonalSlot(nn.Module):
     """
 
     slot: SlotConfig
-    experts: Experts
+    experts: Experts = Experts()
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: ExpertWeights, index: jax.Array, weight: jax.Array) -> jax.Array:

@@ -46,7 +46,9 @@ def _compute(rows, with_gradient, features, head, targets, wanted):
         if with_gradient:
             d_logits = jnp.exp(logits - log_normaliser) - (jnp.arange(len(head)) == target[:, None])
             new.append(jnp.einsum("rv,vd->rd", d_logits.astype(head.dtype), head, preferred_element_type=jnp.float32))
-        return tuple(held.at[positions].set(part, mode="drop") for held, part in zip(out, new, strict=True))
+        return tuple(
+            held.at[positions].set(part.astype(held.dtype), mode="drop") for held, part in zip(out, new, strict=True)
+        )
 
     out = (jnp.zeros(tokens, jnp.float32), *([jnp.zeros_like(features)] if with_gradient else []))
     return lax.fori_loop(0, -(-wanted.sum() // rows), step, out)

@@ -46,4 +46,4 @@ def test_plan_shows_every_cost():
                  "3 GiB", "30 GiB"):
         assert f" {cost}" in line
     assert len(header) == len(rule) == len(line) == len(other) >= len(groups)
-    assert groups.index("memory of the process") > header.index("client  ")
+    assert groups.index("memory of a device") > header.index("client  ")
