@@ -29,7 +29,8 @@ def swiglu(hidden: jax.Array) -> jax.Array:
 def dense_experts(x: jax.Array, weights: ExpertWeights, index: jax.Array, weight: jax.Array) -> jax.Array:
     """The readable reference: every expert on every token, E / K times the work, differentiable in everything.
 
-    x [T, D]; index [T, K] int32, the experts of each token; weight [T, K], their routing weights. Returns [T, D].
+    x [T, D]; index [T, K] int32, the experts of each token; weight [T, K], their routing weights; an index of E with a
+    weight of 0 stands for an expert that is not among these. Returns [T, D].
     """
     gate_up, down = (dequantise(matrices, x.dtype) for matrices in weights)
     every = jnp.einsum("tef,efd->ted", swiglu(jnp.einsum("td,edf->tef", x, gate_up)), down)

@@ -19,9 +19,10 @@ def map_groups(
 ) -> tuple[jax.Array, ...]:
     """function(matmul, *rows, *weights), each group of rows with its own matrices.
 
-    rows: arrays [N, ...] sorted by group; weights: stacks of matrices [E, D, F]; sizes [E] int32, summing to N. The
-    function is one of single rows, made of elementwise operations and of `matmul(rows, weights, transposed=False)`; it
-    returns arrays [N, ...]. Products are accumulated in float32.
+    rows: arrays [N, ...] sorted by group; weights: stacks of matrices [E, D, F]; sizes [E] int32, of a sum of at most
+    N: what comes of the rows after that is finite and of no meaning. The function is one of single rows, made of
+    elementwise operations and of `matmul(rows, weights, transposed=False)`; it returns arrays [N, ...]. Products are
+    accumulated in float32.
 
     On accelerators it runs once, with `grouped_matmul`. On CPU, where that is a masked dense product over all E groups,
     it runs on one block of rows after another, all of its matmuls while the block is in the cache.
@@ -34,12 +35,15 @@ def map_groups(
 def grouped_matmul(rows: jax.Array, weights: jax.Array | Quantised, transposed: bool = False, *, sizes: jax.Array):
     """`lax.ragged_dot`: rows [N, D], or [N, F] where `transposed`, by stacked matrices [E, D, F] or their transposes.
 
-    Quantised weights are dequantised first, one layer's at a time. Returns the dtype of `rows`.
+    Quantised weights are dequantised first, one layer's at a time. Returns the dtype of `rows`; zero for rows after the
+    last group.
     """
     weights = dequantise(weights, rows.dtype)
     if transposed:
         weights = jnp.swapaxes(weights, 1, 2)
-    return lax.ragged_dot(rows, weights, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
+    product = lax.ragged_dot(rows, weights, sizes, preferred_element_type=jnp.float32)
+    grouped = jnp.arange(len(rows)) < sizes.sum()  # kernels differ in what they leave in the other rows
+    return jnp.where(grouped[:, None], product, 0.0).astype(rows.dtype)
 
 
 def plain_matmul(rows: jax.Array, matrix: jax.Array | Quantised, transposed: bool = False) -> jax.Array:

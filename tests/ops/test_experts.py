@@ -91,3 +91,18 @@ def test_bfloat16_stays_bfloat16(weights):
     out = frozen_experts(x.astype(jnp.bfloat16), half, index, weight)
     assert out.dtype == jnp.bfloat16
     assert_close(out.astype(jnp.float32), dense_experts(x, weights, index, weight), bound=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_experts_held_elsewhere_say_nothing(weights, backend, monkeypatch):
+    """Of the tokens that an expert axis brings together, most go to experts of other devices; by both ways to group."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x, index, weight = inputs(9)
+    away = index < 2
+    index, weight = jnp.where(away, E, index), jnp.where(away, 0.0, weight)
+
+    def gradients(operator):
+        return jax.value_and_grad(partial(objective, operator, weights), argnums=(0, 2))(x, index, weight)
+
+    (ours, (dx, d_weight)), (reference, (expected, d_expected)) = map(gradients, (frozen_experts, dense_experts))
+    assert_close((ours, dx, d_weight * ~away), (reference, expected, d_expected * ~away))
