@@ -55,9 +55,12 @@ def frozen_experts(x: jax.Array, weights: ExpertWeights, index: jax.Array, weigh
 def _sort(index: jax.Array, num_experts: int):
     """Order of the T*K (token, expert) assignments by expert, its inverse [T, K], and how many each expert has."""
     flat = index.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
-    return order, inverse.reshape(index.shape), jnp.bincount(flat, length=num_experts).astype(jnp.int32)
+    hits = (flat[:, None] == jnp.arange(num_experts + 1)).astype(jnp.int32)  # the last: of no expert here
+    upto = jnp.cumsum(hits, axis=0)
+    sizes = upto[-1]
+    inverse = (hits * (upto - 1 + jnp.cumsum(sizes) - sizes)).sum(1)
+    order = jnp.zeros_like(inverse).at[inverse].set(jnp.arange(len(flat), dtype=jnp.int32), unique_indices=True)
+    return order, inverse.reshape(index.shape), sizes[:-1]
 
 
 def _sum_of_token(rows: jax.Array, inverse: jax.Array) -> jax.Array:
