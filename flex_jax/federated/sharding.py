@@ -5,12 +5,13 @@ fsdp     and its share of a client's batch; a frozen matrix lies in slices, put 
 expert   as fsdp; but experts stay where they are, and the tokens of the axis come to them
 
 So a device holds 1 / (fsdp * expert) of the backbone. Collectives in a step: an all-gather for each matrix of a layer
-(fsdp, and expert for what is no expert); an all-gather of tokens and a reduce-scatter of outputs around the experts
-(expert), and an all-reduce of grafted ones that a slot reads there; an all-reduce of loss and adapter gradients (fsdp
-and expert). In a round: an all-reduce over clients, the
+(fsdp, and expert for what is no expert); around the experts an all-gather of tokens and a reduce-scatter of outputs,
+and an all-reduce of grafted experts that a slot reads there (expert); an all-reduce of loss and adapter gradients (fsdp
+and expert). In a round: an all-gather of embedding and head (fsdp and expert), and over clients the all-reduce of the
 server's mean, which the compiler makes of a sum over a divided axis; other aggregations gather the uploads.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -49,19 +50,17 @@ def partition(mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
     spec = [None] * len(shape)
 
     def divide(dimensions, axes):
-        size = 1
-        for axis in axes:
-            size *= mesh.shape[axis]
-        for dimension in dimensions:
-            if axes and shape[dimension] % size == 0:
-                spec[dimension] = axes
-                return
+        axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        size = math.prod(mesh.shape[axis] for axis in axes)
+        fitting = [dimension for dimension in dimensions if axes and shape[dimension] % size == 0]
+        if fitting:
+            spec[fitting[0]] = axes
 
     if len(shape) == 4:
-        divide([1], tuple(axis for axis in data_axes(mesh) if axis == EXPERT))
-        divide([2, 3], tuple(axis for axis in data_axes(mesh) if axis == FSDP))
+        divide([1], [EXPERT])
+        divide([2, 3], [FSDP])
     elif len(shape) - stacked >= 2:
-        divide(range(stacked, len(shape)), data_axes(mesh))
+        divide(range(stacked, len(shape)), [FSDP, EXPERT])
     return P(*spec)
 
 
