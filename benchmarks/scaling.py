@@ -58,7 +58,7 @@ def draw(path: Path, sweeps: dict[str, dict]) -> None:
         axes.plot(list(lines), [line["tokens_per_s"] for line in lines.values()], "o-")
         axes.set_xscale("log", base=2)
         axes.set(xlabel=name, ylabel="tokens/s")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max((line["tokens_per_s"] for line in lines.values()), default=1))
     figure.savefig(path, dpi=120)
 
 
