@@ -163,7 +163,7 @@ def test_feddpa_trains_its_own_adapter_and_then_the_shared_one(
             trained.append(train(common, partial(gradient, model, params), data))
         common = mean(trained, shares(examples, cohort))
         # In one step from fresh moments AdamW makes noise of a gradient as small as its epsilon: one entry has that.
-        assert_close(state.server.shared["global"], common, first.server.shared["global"], bound=1e-3)
+        assert_close(state.server.shared["global"], common, first.server.shared["global"], bound=2e-3)
     personal = [row(states[-1].clients.personal["own"], i) for i in range(4)]
     for i in (0, 2, 3):
         assert_close(personal[i], own[i], row(first.clients.personal["own"], i))
