@@ -1,6 +1,6 @@
 """Our round against that of a PyTorch + peft program on the same shape and machine, run in turn.
 
-    python benchmarks/against_torch.py --peer ../shared/peers/torch_flex --python peer/bin/python --shape small \\
+    python benchmarks/against_torch.py --peer PEER --python PEER_PYTHON --shape small \\
         --clients 4 --batch 4 --sequence 128 --steps 2
 
 --peer: a folder whose bench.py prints a JSON line with `tokens_per_s` and `round_s_median`, and whose fedmoe.py knows

@@ -32,7 +32,7 @@ from flex_jax.federated.start import Start, start
 from flex_jax.federated.state import RoundState
 from flex_jax.grafting.selection import select
 from flex_jax.methods import find_method
-from flex_jax.models.checkpoint import find_checkpoint, load_pretrained
+from flex_jax.models.checkpoint import find_checkpoint, load_pretrained, read_model_config
 from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.peft import load_adapter
@@ -83,12 +83,13 @@ def load_backbone(config: ConfigDict) -> Backbone:
     """The model, frozen parameters and tokenizer of config.model."""
     path = find_checkpoint(checkpoint_name(config))
     quantisation = None if config.model.quantisation == "none" else config.model.quantisation
-    mesh = build_mesh(config)
+    mesh, experts = build_mesh(config), read_model_config(path / "config.json").experts
+    if experts % config.mesh.expert:  # before the weights, which may take minutes to load
+        raise InputError(
+            f"config.mesh.expert is {config.mesh.expert}: must divide the {experts} experts of a layer of {path}"
+        )
     sharding = param_sharding(mesh) if mesh else None
     model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation, sharding=sharding)
-    if model.config.experts % config.mesh.expert:
-        wanted = f"must divide the {model.config.experts} experts of a layer"
-        raise InputError(f"config.mesh.expert is {config.mesh.expert}: {wanted}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # transformers does not check its files

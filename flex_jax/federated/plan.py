@@ -61,9 +61,10 @@ def plan(
     hidden = c.experts_per_token * c.expert_width + c.shared_expert_width + slots * c.expert_width
     products = attended + 2 * hidden + (2 + slots) * c.width
     rows = c.experts_per_token * c.width  # a token's, one for each of its experts
-    working = products + hidden + 2 * rows + 3 * c.heads * sequence
+    working = products + hidden + 2 * rows
     held = c.layers * c.width + (1 if remat else c.layers) * products + working
-    activations = tokens * held * itemsize + 2 * min(tokens, ROWS) * c.vocab_size * 4
+    scores = 3 * tokens * c.heads * sequence * 4  # of one layer, in float32: none with flash attention
+    activations = tokens * held * itemsize + scores + 2 * min(tokens, ROWS) * c.vocab_size * 4
     if isinstance(frozen.params["layers"]["moe"]["gate_up"], Quantised):  # the larger matrices of one layer, plain
         activations += c.experts * c.width * 2 * c.expert_width * itemsize
     client_bytes = 5 * trained_bytes

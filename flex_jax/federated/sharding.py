@@ -43,7 +43,7 @@ def data_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in (FSDP, EXPERT) if mesh.shape[axis] > 1)
 
 
-def partition(mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
+def param_spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
     """Where a parameter lies: experts [L, E, D, F] over (expert, fsdp), other matrices over both at once, on the first
     axis that they divide; vectors everywhere."""
     stacked = 1 if path.split("/")[0].endswith("layers") else 0
@@ -65,16 +65,16 @@ def partition(mesh: Mesh, path: str, shape: tuple[int, ...]) -> P:
 
 
 def param_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """`partition`, as `load_pretrained` takes it."""
-    return lambda path, shape: NamedSharding(mesh, partition(mesh, path, shape))
+    """`param_spec`, as `load_pretrained` takes it."""
+    return lambda path, shape: NamedSharding(mesh, param_spec(mesh, path, shape))
 
 
 def param_specs(mesh: Mesh, params: dict) -> dict:
-    """`partition` of every leaf of a tree of parameters, quantised or not."""
+    """`param_spec` of every leaf of a tree of parameters, quantised or not."""
 
     def spec(path, leaf):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        return partition(mesh, "/".join(names), leaf.shape)
+        return param_spec(mesh, "/".join(names), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(spec, params)
 
@@ -95,7 +95,9 @@ def gather(specs: dict, tree: dict) -> dict:
     return jax.tree.map(whole, specs, tree, is_leaf=_is_spec)
 
 
-def experts_over(axis: str, x: jax.Array, weights: ExpertWeights, index: jax.Array, weight: jax.Array) -> jax.Array:
+def frozen_experts_over(
+    axis: str, x: jax.Array, weights: ExpertWeights, index: jax.Array, weight: jax.Array
+) -> jax.Array:
     """`frozen_experts` on the tokens of this device, whose experts lie along a mesh axis: the tokens of the axis go to
     every device, which adds what its own experts, E / size of them, say of each."""
     x, index, weight = (lax.all_gather(array, axis, tiled=True) for array in (x, index, weight))
@@ -106,7 +108,7 @@ def experts_over(axis: str, x: jax.Array, weights: ExpertWeights, index: jax.Arr
     return lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
 
 
-def take_over(axis: str, stack: jax.Array | Quantised, chosen: jax.Array) -> jax.Array | Quantised:
+def take_experts_over(axis: str, stack: jax.Array | Quantised, chosen: jax.Array) -> jax.Array | Quantised:
     """`take_experts` where they lie along a mesh axis: from the device that has them, to all of it."""
     held = jax.tree.leaves(stack)[0].shape[0]
     own = chosen - lax.axis_index(axis) * held
@@ -144,7 +146,7 @@ def on_a_device(model: Decoder, mesh: Mesh, params: dict) -> Decoder:
         for name, tree in param_specs(mesh, params).items()
         if name.endswith("layers")
     }
-    divided = Experts(partial(experts_over, EXPERT), partial(take_over, EXPERT))
+    divided = Experts(partial(frozen_experts_over, EXPERT), partial(take_experts_over, EXPERT))
     experts = divided if mesh.shape[EXPERT] > 1 else model.experts
     return model.clone(experts=experts, gather=lambda name, layer: gather(specs[name], layer))
 

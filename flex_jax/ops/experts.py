@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from flex_jax.ops.folding import fold_clients
 from flex_jax.ops.grouped import map_groups
 from flex_jax.ops.quantised import Quantised, dequantise
-from flex_jax.ops.saved import PRODUCT
+from flex_jax.ops.saved import saved
 
 
 class ExpertWeights(NamedTuple):
@@ -104,7 +103,7 @@ _backward = fold_clients(_backward_tokens, frozen=(1,))
 
 def _frozen_experts_fwd(x, weights, index, weight):
     y, hidden = _forward(x, weights, index, weight)
-    return y, (checkpoint_name(hidden, PRODUCT), weights, index, weight)
+    return y, (saved(hidden), weights, index, weight)
 
 
 def _frozen_experts_bwd(residuals, dy):

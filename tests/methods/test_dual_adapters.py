@@ -149,7 +149,9 @@ def test_feddpa_trains_its_own_adapter_and_then_the_shared_one(
     prepared, one_round, recipe_of, model, params, batches, examples
 ):
     settings = Settings(ClientSettings(personal_steps=0.6))  # two of three steps
-    cohorts = [(0, 2), (0, 3), (0, 2)]
+    # In one step from fresh moments AdamW makes noise of a gradient as small as its epsilon; with client 2 in the first
+    # round one entry of the second has that.
+    cohorts = [(0, 3), (0, 2), (0, 3)]
     frozen, first, states = run("feddpa", prepared, one_round, cohorts, settings)
     common = first.server.shared["global"]
     own = [row(first.clients.personal["own"], i) for i in range(4)]
@@ -162,8 +164,7 @@ def test_feddpa_trains_its_own_adapter_and_then_the_shared_one(
                 data = data[2:]
             trained.append(train(common, partial(gradient, model, params), data))
         common = mean(trained, shares(examples, cohort))
-        # In one step from fresh moments AdamW makes noise of a gradient as small as its epsilon: one entry has that.
-        assert_close(state.server.shared["global"], common, first.server.shared["global"], bound=2e-3)
+        assert_close(state.server.shared["global"], common, first.server.shared["global"])
     personal = [row(states[-1].clients.personal["own"], i) for i in range(4)]
     for i in (0, 2, 3):
         assert_close(personal[i], own[i], row(first.clients.personal["own"], i))
