@@ -46,8 +46,11 @@ def prepared(recipe_of, params):
 
 @pytest.fixture(scope="session")
 def batches(model_config):
-    """[N, STEPS, B, S], the loss on the second half of each sequence; one row has no response at all."""
-    rng = np.random.default_rng(0)
+    """[N, STEPS, B, S], the loss on the second half of each sequence; one row has no response at all.
+
+    Of a seed in which no entry has a gradient of rounding size, which Adam would move as far as all others.
+    """
+    rng = np.random.default_rng(3)
     tokens = rng.integers(0, model_config.vocab_size, (N, STEPS, B, S)).astype(np.int32)
     mask = np.broadcast_to(np.arange(S) >= S // 2, tokens.shape).astype(np.float32).copy()
     mask[1, 2, 0] = 0

@@ -99,7 +99,6 @@ def rounds():
     return dict(zip(RUNS, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.xdist_group("mesh")
 @pytest.mark.parametrize("run", RUNS, ids="-".join)
 class TestRoundOverAMesh:
     def test_it_gives_what_one_device_gives(self, run, rounds):
@@ -115,7 +114,6 @@ class TestRoundOverAMesh:
         assert set(rounds[run]["collectives"]) == named | ({"reduce-scatter"} if expert > 1 else set())
 
 
-@pytest.mark.xdist_group("mesh")
 def test_between_clients_go_the_shared_adapters_and_nothing_else(rounds):
     """In size: what devices with clients of their own add up is the mean change, and the sum of examples."""
     facts = rounds["8x1x1", "flex", "full", "none"]

@@ -31,8 +31,7 @@ LIMITS = [
     ("fdlora", Settings(server=ServerSettings(learning_rate=1.0, beta1=0.0)), 2, "global"),
 ]
 
-# One worker has all tests of a method, and compiles it once (with --dist loadgroup).
-each = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in METHODS])
+each = pytest.mark.parametrize("name", METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +151,7 @@ def test_who_takes_part_decides_what_changes(name, finished, one_round):
     assert any(differ) == bool(jax.tree.leaves(first.server.shared))
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "rounds", "part"),
-    [pytest.param(*limit, marks=pytest.mark.xdist_group(limit[0])) for limit in LIMITS],
-)
+@pytest.mark.parametrize(("name", "settings", "rounds", "part"), LIMITS)
 def test_a_method_is_fedavg_where_its_paper_says_so(name, settings, rounds, part, prepared, one_round):
     (frozen, state), (frozen_there, there) = prepared(name, settings=settings), prepared("fedavg")
     start = there.server.shared
