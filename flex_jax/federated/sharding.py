@@ -101,21 +101,23 @@ def frozen_experts_over(
     """`frozen_experts` on the tokens of this device, whose experts lie along a mesh axis: the tokens of the axis go to
     every device, which adds what its own experts, E / size of them, say of each."""
     x, index, weight = (lax.all_gather(array, axis, tiled=True) for array in (x, index, weight))
-    held = weights.down.shape[0]
+    held = weights.down.shape[1]
     own = index - lax.axis_index(axis) * held
     mine = (own >= 0) & (own < held)
     y = frozen_experts(x, weights, jnp.where(mine, own, held), jnp.where(mine, weight, 0.0))
     return lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
 
 
-def take_experts_over(axis: str, stack: jax.Array | Quantised, chosen: jax.Array) -> jax.Array | Quantised:
+def take_experts_over(
+    axis: str, stack: jax.Array | Quantised, layer: jax.Array | int, chosen: jax.Array
+) -> jax.Array | Quantised:
     """`take_experts` where they lie along a mesh axis: from the device that has them, to all of it."""
-    held = jax.tree.leaves(stack)[0].shape[0]
+    held = jax.tree.leaves(stack)[0].shape[1]
     own = chosen - lax.axis_index(axis) * held
     mine = (own >= 0) & (own < held)
 
     def take(leaf):
-        rows = jnp.take(leaf, jnp.clip(own, 0, held - 1), axis=0)
+        rows = leaf[layer, jnp.clip(own, 0, held - 1)]
         return lax.psum(jnp.where(mine[:, None, None], rows, jnp.zeros_like(rows)), axis)
 
     return jax.tree.map(take, stack)

@@ -10,7 +10,8 @@ from jax import lax
 
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.moe import Observation
-from flex_jax.ops.experts import ExpertWeights, swiglu
+from flex_jax.ops.experts import swiglu
+from flex_jax.ops.grouped import of_layer
 from flex_jax.ops.quantised import dequantise
 
 
@@ -22,8 +23,10 @@ def squared_errors(seen: Observation, grafts: dict) -> jax.Array:
     w = sigmoid(logit_e - logsumexp(logits_kept)). One expert at a time, so that memory does not grow with E.
     """
     target = seen.routed.astype(jnp.float32)
+    gate_up, down, layer = seen.weights
+    every = of_layer(gate_up, layer), of_layer(down, layer)  # as held, and dequantised one at a time
 
-    def output(expert: ExpertWeights):
+    def output(expert):
         gate_up, down = (dequantise(matrix, seen.x.dtype) for matrix in expert)
         return (swiglu(seen.x @ gate_up) @ down).astype(jnp.float32)
 
@@ -31,7 +34,7 @@ def squared_errors(seen: Observation, grafts: dict) -> jax.Array:
     if kept is not None:
         logits = seen.router_logits[..., kept]
         share = jax.nn.softmax(logits)
-        experts = [jax.tree.map(lambda leaf, j=j: leaf[kept[j]], seen.weights) for j in range(kept.shape[0])]
+        experts = [jax.tree.map(lambda leaf, j=j: leaf[kept[j]], every) for j in range(kept.shape[0])]
         outputs = [output(expert) for expert in experts]
         kept_output = sum(share[..., j, None] * out for j, out in enumerate(outputs))
         rivals = jax.nn.logsumexp(logits, axis=-1)
@@ -44,7 +47,7 @@ def squared_errors(seen: Observation, grafts: dict) -> jax.Array:
             out = weight * out + (1.0 - weight) * kept_output
         return jnp.square(out - target).sum(-1)
 
-    return jnp.moveaxis(lax.map(candidate, (seen.weights, jnp.moveaxis(seen.router_logits, -1, 0))), 0, -1)
+    return jnp.moveaxis(lax.map(candidate, (every, jnp.moveaxis(seen.router_logits, -1, 0))), 0, -1)
 
 
 def routed_counts(seen: Observation, grafts: dict) -> jax.Array:

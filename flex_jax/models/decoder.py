@@ -14,7 +14,7 @@ from flex_jax.models.lora import DROPOUT
 from flex_jax.models.moe import MoE, Probe
 from flex_jax.models.norm import RMSNorm
 from flex_jax.models.rotary import rotary
-from flex_jax.ops.experts import Experts
+from flex_jax.ops.experts import Experts, ExpertWeights
 from flex_jax.ops.saved import SAVED
 
 SHALLOW = 4  # layers of a stack that is written out
@@ -49,8 +49,10 @@ class Layer(nn.Module):
     dense: bool
 
     @nn.compact
-    def __call__(self, x, cache, rope, positions, mask):
-        c = self.config
+    def __call__(self, x, scanned, stacks, rope, positions, mask):
+        """x [B, S, D]; scanned: (cache, layer), this layer's; stacks: (gate_up, down) of the experts of all layers, or
+        None where they are among this layer's parameters; the rest as in `attend`."""
+        (cache, layer), c = scanned, self.config
         normed = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
         kind = LatentAttention if c.latent_rank else Attention
         y, cache = kind(c, self.adapters.lora, name="attention")(normed, cache, rope, positions, mask)
@@ -58,7 +60,9 @@ class Layer(nn.Module):
         normed = RMSNorm(c.norm_epsilon, name="feed_forward_norm")(x)
         if self.dense:
             return x + MLP(c.dense_width, name="mlp")(normed), (cache, None, None)
-        y, router_logits, probed = MoE(c, self.adapters.slot, self.experts, self.probe, name="moe")(normed)
+        y, router_logits, probed = MoE(c, self.adapters.slot, self.experts, self.probe, name="moe")(
+            normed, None if stacks is None else ExpertWeights(*stacks, layer)
+        )
         return x + y, (cache, router_logits, probed)
 
 
@@ -103,11 +107,19 @@ class Decoder(nn.Module):
             nn.remat(layer, prevent_cse=False, policy=None if self.remat else SAVED),
             variable_axes={"params": 0, "adapters": 0, "grafts": 0},
             split_rngs={"params": True, DROPOUT: True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=layers,
             # Written out it is a tenth faster on CPU and holds more memory, which with remat would be to no purpose.
             unroll=layers if layers <= SHALLOW and not self.remat else 1,
         )(self.config, self.adapters, self.experts, self.probe, name == "dense_layers")
+
+    def _experts(self):
+        """(gate_up, down) of all MoE layers, which a scan would copy layer by layer; None where there are none yet, or
+        where every layer is put together from what devices hold of it."""
+        if self.gather or self.is_initializing():
+            return None
+        moe = self.get_variable("params", "layers")["moe"]
+        return moe["gate_up"], moe["down"]
 
     def features(self, tokens, attention_mask=None, *, positions=None, cache=None) -> Features:
         """Hidden states of tokens [B, S] int32, whose attention_mask [B, S] is 0 at padding or None.
@@ -127,9 +139,10 @@ class Decoder(nn.Module):
         length = positions.max(1) + 1 if attention_mask is None else attention_mask.sum(1)
         rope = rotary(c.rope, c.rope_dim or c.head_dim, positions, length)
         x, caches = self.embedding[tokens], {}
-        for name in layer_stacks(c):
-            own = None if cache is None else cache[name]
-            x, (caches[name], router_logits, probed) = getattr(self, name)(x, own, rope, positions, mask)
+        for name, layers in layer_stacks(c).items():
+            scanned = None if cache is None else cache[name], jnp.arange(layers)
+            stack = getattr(self, name)
+            x, (caches[name], router_logits, probed) = stack(x, scanned, self._experts(), rope, positions, mask)
         return Features(self.norm(x), router_logits, None if cache is None else caches, probed)
 
     def __call__(

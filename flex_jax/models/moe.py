@@ -54,15 +54,16 @@ class MoE(nn.Module):
     probe: Probe | None
 
     @nn.compact
-    def __call__(self, x: jax.Array):
-        """x [B, S, D] -> (y [B, S, D], router logits [B, S, E] float32, what the probe returned or None)."""
+    def __call__(self, x: jax.Array, weights: ExpertWeights | None = None):
+        """x [B, S, D] -> (y [B, S, D], router logits [B, S, E] float32, what the probe returned or None). weights: the
+        experts; where they are not given, the layer's own parameters."""
         c = self.config
         tokens = x.reshape(-1, c.width)
         router = self.param("router", nn.initializers.lecun_normal(), (c.width, c.experts))
-        weights = ExpertWeights(
-            frozen_matrix(self, "gate_up", (c.experts, c.width, 2 * c.expert_width)),
-            frozen_matrix(self, "down", (c.experts, c.expert_width, c.width)),
-        )
+        if weights is None:
+            gate_up = frozen_matrix(self, "gate_up", (c.experts, c.width, 2 * c.expert_width))
+            down = frozen_matrix(self, "down", (c.experts, c.expert_width, c.width))
+            weights = ExpertWeights(*jax.tree.map(lambda leaf: leaf[None], (gate_up, down)))
         logits = saved(tokens @ router)
         index, weight = route(logits, c)
         y = routed = self.experts.apply(tokens, weights, index, weight)

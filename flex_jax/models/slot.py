@@ -41,12 +41,12 @@ class PersonalSlot(nn.Module):
         A trained gate has a bias only where it starts closed. With LoRA on the experts their base weights are rows
         `expert_index` [r] of the frozen ones, read and not kept.
         """
-        width = weights.down.shape[1]
+        width = weights.down.shape[2]
         chosen = self.get_variable("grafts", "expert_index")
         each = jnp.broadcast_to(x, (*chosen.shape, *x.shape))
 
         def grafted(stack):
-            return dequantise(self.experts.take(stack, chosen), x.dtype)
+            return dequantise(self.experts.take(stack, weights.layer, chosen), x.dtype)
 
         def project(name, rows, frozen):
             return SlotProjection(self.slot, name=name)(rows, frozen)

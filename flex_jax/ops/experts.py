@@ -7,16 +7,22 @@ import jax
 import jax.numpy as jnp
 
 from flex_jax.ops.folding import fold_clients
-from flex_jax.ops.grouped import map_groups
+from flex_jax.ops.grouped import map_groups, of_layer
 from flex_jax.ops.quantised import Quantised, dequantise
 from flex_jax.ops.saved import saved
 
 
 class ExpertWeights(NamedTuple):
-    """E stacked SwiGLU experts, plain or quantised; `gate_up` holds the gate projection, then the up projection."""
+    """The E SwiGLU experts of one layer, plain or quantised, in stacks of L layers: they are read in their place, for
+    they are most of a model's bytes. `gate_up` holds the gate projection, then the up projection."""
 
-    gate_up: jax.Array | Quantised  # [E, D, 2F]
-    down: jax.Array | Quantised  # [E, F, D]
+    gate_up: jax.Array | Quantised  # [L, E, D, 2F]
+    down: jax.Array | Quantised  # [L, E, F, D]
+    layer: jax.Array | int = 0
+
+    def own(self, dtype=None) -> tuple[jax.Array, jax.Array]:
+        """Those of the layer as plain numbers, gate_up [E, D, 2F] and down [E, F, D]: a copy."""
+        return tuple(dequantise(of_layer(stack, self.layer), dtype) for stack in (self.gate_up, self.down))
 
 
 def swiglu(hidden: jax.Array) -> jax.Array:
@@ -31,7 +37,7 @@ def dense_experts(x: jax.Array, weights: ExpertWeights, index: jax.Array, weight
     x [T, D]; index [T, K] int32, the experts of each token; weight [T, K], their routing weights; an index of E with a
     weight of 0 stands for an expert that is not among these. Returns [T, D].
     """
-    gate_up, down = (dequantise(matrices, x.dtype) for matrices in weights)
+    gate_up, down = weights.own(x.dtype)
     every = jnp.einsum("tef,efd->ted", swiglu(jnp.einsum("td,edf->tef", x, gate_up)), down)
     routing = jnp.zeros((x.shape[0], every.shape[1]), x.dtype)
     routing = routing.at[jnp.arange(x.shape[0])[:, None], index].add(weight.astype(x.dtype))
@@ -83,17 +89,17 @@ def _backward_rows(matmul, hidden, weight, dy, gate_up, down):
 
 def _forward_tokens(x, weights, index, weight):
     """(y [T, D], hidden [T, K, 2F])"""
-    order, inverse, sizes = _sort(index, weights.down.shape[0])
+    order, inverse, sizes = _sort(index, weights.down.shape[1])
     rows = x[order // index.shape[1]], weight.reshape(-1)[order].astype(x.dtype)
-    outputs, hidden = map_groups(_forward_rows, rows, weights, sizes)
+    outputs, hidden = map_groups(_forward_rows, rows, weights[:2], weights.layer, sizes)
     return _sum_of_token(outputs, inverse), hidden[inverse]
 
 
 def _backward_tokens(hidden, weights, index, weight, dy):
-    order, inverse, sizes = _sort(index, weights.down.shape[0])
+    order, inverse, sizes = _sort(index, weights.down.shape[1])
     hidden = hidden.reshape(len(order), -1)[order]
     rows = hidden, weight.reshape(-1)[order].astype(hidden.dtype), dy[order // index.shape[1]]
-    dx, d_weight = map_groups(_backward_rows, rows, weights, sizes)
+    dx, d_weight = map_groups(_backward_rows, rows, weights[:2], weights.layer, sizes)
     return _sum_of_token(dx, inverse), d_weight[inverse].astype(weight.dtype)
 
 
@@ -115,9 +121,9 @@ def _frozen_experts_bwd(residuals, dy):
 frozen_experts.defvjp(_frozen_experts_fwd, _frozen_experts_bwd)
 
 
-def take_experts(stack: jax.Array | Quantised, chosen: jax.Array) -> jax.Array | Quantised:
-    """The matrices [r, D, F] of the experts chosen [r], from all [E, D, F]."""
-    return jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), stack)
+def take_experts(stack: jax.Array | Quantised, layer: jax.Array | int, chosen: jax.Array) -> jax.Array | Quantised:
+    """The matrices [r, D, F] of the experts chosen [r] of a layer, from all [L, E, D, F]."""
+    return jax.tree.map(lambda leaf: leaf[layer, chosen], stack)
 
 
 class Experts(NamedTuple):

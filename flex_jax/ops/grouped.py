@@ -7,43 +7,65 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flex_jax.ops.grouped_kernel import grouped_matmul_kernel, row_blocks
 from flex_jax.ops.quantised import Quantised, dequantise
 
 BLOCK_ROWS = 256  # rows of a CPU step: a half-empty block of each group is wasted, smaller ones multiply more slowly
+TRITON_CAPABILITY = 8.0  # of the NVIDIA GPUs that Triton compiles for, from Ampere on
 
-Matmul = Callable[..., jax.Array]  # (rows, matrices, transposed=False) -> rows
+Matmul = Callable[..., jax.Array]  # (rows, stack of matrices, transposed=False) -> rows
 
 
 def map_groups(
-    function: Callable, rows: tuple[jax.Array, ...], weights: tuple[jax.Array | Quantised, ...], sizes: jax.Array
+    function: Callable,
+    rows: tuple[jax.Array, ...],
+    stacks: tuple[jax.Array | Quantised, ...],
+    layer: jax.Array | int,
+    sizes: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """function(matmul, *rows, *weights), each group of rows with its own matrices.
+    """function(matmul, *rows, *stacks), each group of rows with its own matrices.
 
-    rows: arrays [N, ...] sorted by group; weights: stacks of matrices [E, D, F]; sizes [E] int32, of a sum of at most
-    N: what comes of the rows after that is finite and of no meaning. The function is one of single rows, made of
-    elementwise operations and of `matmul(rows, weights, transposed=False)`; it returns arrays [N, ...]. Products are
-    accumulated in float32.
+    rows: arrays [N, ...] sorted by group; stacks: matrices [L, E, D, F], of which those of one layer are meant; sizes
+    [E] int32, of a sum of at most N: what comes of the rows after that is finite and of no meaning. The function is one
+    of single rows, made of elementwise operations and of `matmul(rows, stack, transposed=False)`; it returns arrays
+    [N, ...]. Products are accumulated in float32.
 
-    On accelerators it runs once, with `grouped_matmul`. On CPU, where that is a masked dense product over all E groups,
-    it runs on one block of rows after another, all of its matmuls while the block is in the cache.
+    On accelerators it runs once, with `grouped_matmul`. On CPU, where a grouped matmul is a masked dense product over
+    all E groups, it runs on one block of rows after another, all of its matmuls while the block is in the cache.
     """
     if jax.default_backend() == "cpu":
-        return _map_blocks(function, rows, weights, sizes)
-    return function(partial(grouped_matmul, sizes=sizes), *rows, *weights)
+        return _map_blocks(function, rows, stacks, layer, sizes)
+    return function(partial(grouped_matmul, layer=layer, sizes=sizes), *rows, *stacks)
 
 
-def grouped_matmul(rows: jax.Array, weights: jax.Array | Quantised, transposed: bool = False, *, sizes: jax.Array):
-    """`lax.ragged_dot`: rows [N, D], or [N, F] where `transposed`, by stacked matrices [E, D, F] or their transposes.
+def grouped_matmul(
+    rows: jax.Array, stack: jax.Array | Quantised, transposed: bool = False, *, layer: jax.Array | int, sizes: jax.Array
+) -> jax.Array:
+    """rows [N, D], or [N, F] where `transposed`, by the matrices [E, D, F] of a layer or their transposes.
 
-    Quantised weights are dequantised first, one layer's at a time. Returns the dtype of `rows`; zero for rows after the
-    last group.
+    On a GPU by the kernel beside this file, which reads a plain layer in its place; elsewhere by `lax.ragged_dot`.
+    Quantised matrices are dequantised first, one layer's at a time. Returns the dtype of `rows`; zero for rows after
+    the last group.
     """
-    weights = dequantise(weights, rows.dtype)
-    if transposed:
-        weights = jnp.swapaxes(weights, 1, 2)
-    product = lax.ragged_dot(rows, weights, sizes, preferred_element_type=jnp.float32)
+    if _has_triton():
+        matrices, first = _flat(stack), layer * len(sizes)
+        if isinstance(stack, Quantised):
+            matrices, first = dequantise(of_layer(stack, layer), rows.dtype), 0
+        product = grouped_matmul_kernel(rows, matrices.astype(rows.dtype), sizes, first, transposed)
+    else:
+        matrices = dequantise(of_layer(stack, layer), rows.dtype)
+        if transposed:
+            matrices = jnp.swapaxes(matrices, 1, 2)
+        product = lax.ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
     grouped = jnp.arange(len(rows)) < sizes.sum()  # kernels differ in what they leave in the other rows
-    return jnp.where(grouped[:, None], product, 0.0).astype(rows.dtype)
+    return jnp.where(grouped[:, None], product, jnp.zeros_like(product))
+
+
+def _has_triton() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0", or a name on GPUs of other makers
+    return not capability.replace(".", "").isdigit() or float(capability) >= TRITON_CAPABILITY
 
 
 def plain_matmul(rows: jax.Array, matrix: jax.Array | Quantised, transposed: bool = False) -> jax.Array:
@@ -53,7 +75,16 @@ def plain_matmul(rows: jax.Array, matrix: jax.Array | Quantised, transposed: boo
     return lax.dot_general(rows, matrix, contracted, preferred_element_type=jnp.float32).astype(rows.dtype)
 
 
-def _map_blocks(function, rows, weights, sizes):
+def of_layer(stack: jax.Array | Quantised, layer: jax.Array | int) -> jax.Array | Quantised:
+    """The matrices [E, D, F] of one layer: a copy of them."""
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
+
+
+def _flat(stack: jax.Array | Quantised) -> jax.Array | Quantised:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stack)
+
+
+def _map_blocks(function, rows, stacks, layer, sizes):
     """One call of the function a block, groups in order, as many blocks as the groups need and no more.
 
     The last block of a group runs over into the rows of the next one, whose own blocks come later and overwrite what
@@ -61,24 +92,21 @@ def _map_blocks(function, rows, weights, sizes):
     """
     n = len(rows[0])
     block = min(BLOCK_ROWS, n)
-    blocks_up_to = jnp.cumsum(-(-sizes // block))  # [E] blocks of this group and those before it
-    first_block = blocks_up_to - -(-sizes // block)
-    first_row = jnp.cumsum(sizes) - sizes
+    groups, starts, _ = row_blocks(sizes, block, -(-n // block) + len(sizes))
     padded = [jnp.pad(array, ((0, block), *((0, 0) for _ in array.shape[1:]))) for array in rows]
+    matrices, first = _flat(stacks), layer * len(sizes)
 
     def compute(start, group):
         own_rows = [lax.dynamic_slice_in_dim(array, start, block) for array in padded]
-        own = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, group, keepdims=False), weights)
+        own = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, first + group, keepdims=False), matrices)
         return function(plain_matmul, *own_rows, *own)
 
     def step(i, out):
-        group = jnp.searchsorted(blocks_up_to, i, side="right")
-        start = first_row[group] + (i - first_block[group]) * block
-        new = compute(start, group)
+        new = compute(starts[i], groups[i])
         return tuple(
-            lax.dynamic_update_slice_in_dim(held, part, start, 0) for held, part in zip(out, new, strict=True)
+            lax.dynamic_update_slice_in_dim(held, part, starts[i], 0) for held, part in zip(out, new, strict=True)
         )
 
     shapes = jax.eval_shape(compute, jnp.int32(0), jnp.int32(0))
     out = tuple(jnp.zeros((n + block, *leaf.shape[1:]), leaf.dtype) for leaf in shapes)
-    return tuple(array[:n] for array in lax.fori_loop(0, blocks_up_to[-1], step, out))
+    return tuple(array[:n] for array in lax.fori_loop(0, (-(-sizes // block)).sum(), step, out))

@@ -94,9 +94,10 @@ def batches(tokenizer, stream: Iterator[str], batch: int, sequence: int) -> Iter
 
 def joined_experts(x: jax.Array, weights: ExpertWeights, index: jax.Array, weight: jax.Array) -> jax.Array:
     """All experts as one wide one, differentiable in everything; arguments as those of `frozen_experts`."""
-    routing = (jax.nn.one_hot(index, weights.down.shape[0]) * weight[..., None]).sum(1)
-    hidden = swiglu(jnp.einsum("td,edf->tef", x, weights.gate_up)) * routing[..., None]
-    return hidden.reshape(len(x), -1) @ weights.down.reshape(-1, x.shape[1])
+    gate_up, down = weights.own()
+    routing = (jax.nn.one_hot(index, len(down)) * weight[..., None]).sum(1)
+    hidden = swiglu(jnp.einsum("td,edf->tef", x, gate_up)) * routing[..., None]
+    return hidden.reshape(len(x), -1) @ down.reshape(-1, x.shape[1])
 
 
 def loss(model: Decoder, params: dict, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -62,7 +62,7 @@ def test_the_slot_adds_gated_copies_of_the_grafted_experts(model_config, params,
     moe = jax.tree.map(lambda leaf: np.asarray(leaf[1], np.float64), params["layers"]["moe"])
     rng = np.random.default_rng(0)
     x = rng.normal(size=(tokens, model_config.width)).astype(np.float32)
-    weights = ExpertWeights(*(jnp.asarray(moe[name], jnp.float32) for name in ("gate_up", "down")))
+    weights = ExpertWeights(*(jnp.asarray(moe[name], jnp.float32)[None] for name in ("gate_up", "down")))
     index = np.stack([rng.permutation(model_config.experts)[:3] for _ in range(tokens)])
     weight = rng.random((tokens, 3)).astype(np.float32)
     ours = PersonalSlot(slot).apply({"adapters": own, "grafts": grafts}, x, weights, index, weight)

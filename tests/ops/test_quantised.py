@@ -53,8 +53,8 @@ def test_frozen_experts_on_integers_equal_dense_ones_on_their_values(kind):
     """Output and gradients, clients by vmap, rematerialised: as training uses it."""
     keys = jax.random.split(jax.random.PRNGKey(0), 5)
     matrices = (jax.random.normal(keys[0], (E, D, 2 * F)) * 0.1, jax.random.normal(keys[1], (E, F, D)) * 0.2)
-    held = ExpertWeights(*(quantise(matrix, kind, jnp.float32) for matrix in matrices))
-    plain = ExpertWeights(*(dequantise(matrix) for matrix in held))
+    held = ExpertWeights(*(quantise(matrix[None], kind, jnp.float32) for matrix in matrices))
+    plain = ExpertWeights(*(matrix[None] for matrix in held.own()))
     x = jax.random.normal(keys[2], (3, T, D))
     index, weight = jax.random.randint(keys[3], (3, T, K), 0, E), jax.random.uniform(keys[4], (3, T, K))
 
