@@ -31,7 +31,6 @@ from flex_jax.models.config import ModelConfig
 from flex_jax.ops.attention import FLASH_DTYPES, FLASH_SIZE, attention
 from flex_jax.ops.cross_entropy import token_cross_entropy
 from flex_jax.ops.experts import ExpertWeights, dense_experts, frozen_experts
-from flex_jax.ops.grouped import grouped_matmul
 
 PASSES = "forward", "gradient"
 SMALL_BYTES = 2e9  # of all experts' hidden layers and outputs on all tokens, above which these are left out
@@ -53,17 +52,23 @@ def arrays(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
 def grouped_by(matmul: Callable):
     """Within it `frozen_experts` computes its groups with this matmul, on any device."""
 
-    def map_groups(function, rows, weights, sizes):
-        return function(partial(matmul, sizes=sizes), *rows, *weights)
+    def map_groups(function, rows, stacks, layer, sizes):
+        return function(partial(matmul, layer=layer, sizes=sizes), *rows, *stacks)
 
     return mock.patch("flex_jax.ops.experts.map_groups", map_groups)
 
 
-def tokamax_matmul(rows, matrices, transposed=False, *, sizes) -> jax.Array:
+def xla_matmul(rows, stack, transposed=False, *, layer, sizes) -> jax.Array:
+    """`grouped_matmul` by `lax.ragged_dot`."""
+    matrices = jnp.swapaxes(stack[layer], 1, 2) if transposed else stack[layer]
+    return jax.lax.ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
+
+
+def tokamax_matmul(rows, stack, transposed=False, *, layer, sizes) -> jax.Array:
     """`grouped_matmul` by tokamax."""
     import tokamax
 
-    matrices = jnp.swapaxes(matrices, 1, 2) if transposed else matrices
+    matrices = jnp.swapaxes(stack[layer], 1, 2) if transposed else stack[layer]
     return tokamax.ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
 
 
@@ -73,7 +78,7 @@ def expert_operators(c: ModelConfig, tokens: int, dtype: str) -> dict[str, Opera
     scores = jax.random.normal(jax.random.PRNGKey(0), (tokens, c.experts))
     weight, index = jax.lax.top_k(jax.nn.softmax(scores), c.experts_per_token)
     needed = 3.0 * tokens * c.experts_per_token * c.width * c.expert_width
-    fixed = (ExpertWeights(*weights), index)
+    fixed = (ExpertWeights(*(matrices[None] for matrices in weights)), index)
 
     def operator(experts=frozen_experts, context=nullcontext):
         def function(x, weight, weights, index):
@@ -82,8 +87,8 @@ def expert_operators(c: ModelConfig, tokens: int, dtype: str) -> dict[str, Opera
         return Operator(function, (x, weight), fixed, needed, needed, context)
 
     operators = {"experts (in use)": operator()}
-    if jax.default_backend() == "cpu":
-        operators["experts: lax.ragged_dot"] = operator(context=partial(grouped_by, grouped_matmul))
+    if jax.default_backend() == "cpu" or tokens * c.experts_per_token * c.experts * c.width * x.dtype.itemsize <= 2e10:
+        operators["experts: lax.ragged_dot"] = operator(context=partial(grouped_by, xla_matmul))
     if importlib.util.find_spec("tokamax"):
         operators["experts: tokamax.ragged_dot"] = operator(context=partial(grouped_by, tokamax_matmul))
     if tokens * c.experts * (2 * c.expert_width + c.width) * x.dtype.itemsize <= SMALL_BYTES:

@@ -150,7 +150,8 @@ def on_a_device(model: Decoder, mesh: Mesh, params: dict) -> Decoder:
     }
     divided = Experts(partial(frozen_experts_over, EXPERT), partial(take_experts_over, EXPERT))
     experts = divided if mesh.shape[EXPERT] > 1 else model.experts
-    return model.clone(experts=experts, gather=lambda name, layer: gather(specs[name], layer))
+    sliced = bool(data_axes(mesh))  # otherwise each device has all parameters
+    return model.clone(experts=experts, gather=(lambda name, layer: gather(specs[name], layer)) if sliced else None)
 
 
 def spread(train: Callable, mesh: Mesh, frozen: Frozen) -> Callable:

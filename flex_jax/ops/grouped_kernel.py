@@ -20,7 +20,7 @@ def row_blocks(sizes: jax.Array, rows: int, blocks: int) -> tuple[jax.Array, jax
     counts = -(-sizes // rows)
     upto, end = jnp.cumsum(counts), jnp.cumsum(sizes)
     block = jnp.arange(blocks)
-    group = jnp.minimum(jnp.searchsorted(upto, block, side="right"), len(sizes) - 1)
+    group = jnp.minimum(jnp.searchsorted(upto, block, side="right", method="compare_all"), len(sizes) - 1)
     start = (end - sizes)[group] + (block - (upto - counts)[group]) * rows
     return group, start, end[group]
 
