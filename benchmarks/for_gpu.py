@@ -69,7 +69,11 @@ def main() -> dict:
     params = jax.eval_shape(partial(empty_params, shape, dtype=config.model.dtype, quantisation=quantisation))
     backbone = Backbone(Decoder(shape, remat=config.model.remat), params, None)
     target = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=known.target.read_text())
-    with mock.patch("jax.default_backend", lambda: "gpu"):  # what operators ask, to choose how they compute
+    # What operators ask, to choose how they compute.
+    with (
+        mock.patch("jax.default_backend", lambda: "gpu"),
+        mock.patch("flex_jax.ops.grouped._has_triton", lambda: True),
+    ):
         planned = describe(config, backbone, known.method)
         started = time.perf_counter()
         compiled = compile_for(target.devices[0], config, backbone)

@@ -150,8 +150,9 @@ def on_a_device(model: Decoder, mesh: Mesh, params: dict) -> Decoder:
     }
     divided = Experts(partial(frozen_experts_over, EXPERT), partial(take_experts_over, EXPERT))
     experts = divided if mesh.shape[EXPERT] > 1 else model.experts
-    sliced = bool(data_axes(mesh))  # otherwise each device has all parameters
-    return model.clone(experts=experts, gather=(lambda name, layer: gather(specs[name], layer)) if sliced else None)
+    if not data_axes(mesh):  # each device has all parameters
+        return model.clone(stacked=True)
+    return model.clone(experts=experts, stacked=False, gather=lambda name, layer: gather(specs[name], layer))
 
 
 def spread(train: Callable, mesh: Mesh, frozen: Frozen) -> Callable:

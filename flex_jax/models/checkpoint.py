@@ -104,7 +104,7 @@ def load_pretrained(
                     jax.block_until_ready(parameter)  # or the parts that wait for the device would pile up
                     progress.update()
                 flat[row.path] = parameter
-    return Decoder(config), unflatten_dict(flat, sep="/")
+    return Decoder(config, stacked=sharding is None), unflatten_dict(flat, sep="/")
 
 
 def empty_params(config: ModelConfig, *, dtype: str, quantisation: str | None = None) -> dict:

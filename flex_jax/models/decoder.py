@@ -86,6 +86,7 @@ class Decoder(nn.Module):
     experts: Experts = Experts()
     probe: Probe | None = None
     remat: bool = True
+    stacked: bool = True  # experts are read in the stack of all layers; not where devices divide it among them
     gather: Callable[[str, dict], dict] | None = None  # (stack, what a device holds of a layer) -> its parameters
 
     def setup(self):
@@ -114,9 +115,9 @@ class Decoder(nn.Module):
         )(self.config, self.adapters, self.experts, self.probe, name == "dense_layers")
 
     def _experts(self):
-        """(gate_up, down) of all MoE layers, which a scan would copy layer by layer; None where there are none yet, or
-        where every layer is put together from what devices hold of it."""
-        if self.gather or self.is_initializing():
+        """(gate_up, down) of all MoE layers, which a scan would copy layer by layer; None where it has to, as a divided
+        stack would be put together whole, and where there are none yet."""
+        if not self.stacked or self.is_initializing():
             return None
         moe = self.get_variable("params", "layers")["moe"]
         return moe["gate_up"], moe["down"]

@@ -43,15 +43,17 @@ def grouped_matmul(
 ) -> jax.Array:
     """rows [N, D], or [N, F] where `transposed`, by the matrices [E, D, F] of a layer or their transposes.
 
-    On a GPU by the kernel beside this file, which reads a plain layer in its place; elsewhere by `lax.ragged_dot`.
+    On GPUs that Triton compiles for by the kernel beside this file, which reads a plain layer in its place; elsewhere
+    by `lax.ragged_dot`.
     Quantised matrices are dequantised first, one layer's at a time. Returns the dtype of `rows`; zero for rows after
     the last group.
     """
     if _has_triton():
-        matrices, first = _flat(stack), layer * len(sizes)
-        if isinstance(stack, Quantised):
+        if isinstance(stack, Quantised) or stack.dtype != rows.dtype:
             matrices, first = dequantise(of_layer(stack, layer), rows.dtype), 0
-        product = grouped_matmul_kernel(rows, matrices.astype(rows.dtype), sizes, first, transposed)
+        else:
+            matrices, first = _flat(stack), layer * len(sizes)
+        product = grouped_matmul_kernel(rows, matrices, sizes, first, transposed)
     else:
         matrices = dequantise(of_layer(stack, layer), rows.dtype)
         if transposed:
@@ -64,8 +66,8 @@ def grouped_matmul(
 def _has_triton() -> bool:
     if jax.default_backend() != "gpu":
         return False
-    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0", or a name on GPUs of other makers
-    return not capability.replace(".", "").isdigit() or float(capability) >= TRITON_CAPABILITY
+    capability = jax.devices()[0].compute_capability  # "9.0", or a name such as "gfx942" on GPUs of other makers
+    return capability.replace(".", "").isdigit() and float(capability) >= TRITON_CAPABILITY
 
 
 def plain_matmul(rows: jax.Array, matrix: jax.Array | Quantised, transposed: bool = False) -> jax.Array:

@@ -38,6 +38,7 @@ def grouped_matmul_kernel(
     the last group are not written.
 
     Tiles of the matrices are read in their place, so that neither a layer of a larger stack nor a transpose is copied.
+    A number must have 2 or 4 bytes: up to 4 GB Pallas counts places in 32 bits.
     """
     count, inputs = rows.shape
     columns = matrices.shape[1 if transposed else 2]

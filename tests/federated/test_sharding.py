@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,12 @@ def main():
     import jax.numpy as jnp
     import numpy as np
     import optax
+    from jax.sharding import NamedSharding
 
     from flex_jax.data.batches import Batch
     from flex_jax.federated.method import ClientSettings, Recipe, Settings
     from flex_jax.federated.round import make_round
-    from flex_jax.federated.sharding import make_mesh, place
+    from flex_jax.federated.sharding import make_mesh, param_specs, place
     from flex_jax.federated.start import start
     from flex_jax.methods import METHODS
     from flex_jax.models.checkpoint import empty_params, read_model_config
@@ -72,6 +74,19 @@ def main():
         losses = {name: metrics["clients"][name] for name in ("train_loss", "grad_norm")}
         return facts, jax.device_get((after.server.shared, after.clients.personal, losses))
 
+    def scratch_of_a_forward_pass(mesh):
+        """Over the bytes of all experts, where the compiler divides the work as evaluation leaves it to."""
+        deep = replace(config, layers=16)
+        shapes = jax.eval_shape(lambda: empty_params(deep, dtype="float32", quantisation=None))
+        params = jax.tree.map(
+            lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+            shapes, param_specs(mesh, shapes),
+        )  # fmt: skip
+        forward = jax.jit(lambda params, tokens: Decoder(deep, stacked=False).apply({"params": params}, tokens).logits)
+        memory = forward.lower(params, jnp.zeros((2, 16), jnp.int32)).compile().memory_analysis()
+        experts = sum(shapes["layers"]["moe"][name].size * 4 for name in ("gate_up", "down"))
+        return memory.temp_size_in_bytes / experts
+
     for mesh, method, training, quantisation in RUNS:
         kind = None if quantisation == "none" else quantisation
         shapes = jax.eval_shape(lambda kind=kind: empty_params(config, dtype="float32", quantisation=kind))
@@ -81,6 +96,7 @@ def main():
         recipe = Recipe(Decoder(config, AdapterConfig(LoraConfig(2, 4.0), slot)), METHODS[method], settings)
         _, expected = one_round(recipe, params, None)
         facts, ours = one_round(recipe, params, make_mesh(*MESHES[mesh]))
+        facts["scratch"] = scratch_of_a_forward_pass(make_mesh(*MESHES[mesh]))
         # Of each tree as a whole: Adam moves what has a gradient of rounding size alone as far as all else.
         facts["error"] = max(
             float(optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b))
@@ -107,6 +123,9 @@ class TestRoundOverAMesh:
     def test_a_device_holds_its_share_of_the_backbone(self, run, rounds):
         _, fsdp, expert = MESHES[run[0]]
         assert rounds[run]["share"] <= 1.02 / (fsdp * expert)  # vectors are everywhere
+
+    def test_evaluation_gathers_no_more_than_a_layer(self, run, rounds):
+        assert rounds[run]["scratch"] < 0.3  # of all experts; a layer is 1/16
 
     def test_it_has_the_collectives_of_its_axes_and_no_other(self, run, rounds):
         _, fsdp, expert = MESHES[run[0]]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from flex_jax.models.decoder import Decoder
 from flex_jax.ops import grouped
 from flex_jax.ops.grouped import grouped_matmul
 from flex_jax.ops.grouped_kernel import grouped_matmul_kernel
@@ -38,7 +39,7 @@ def by_hand(rows, matrices, sizes):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """`grouped_matmul` as on a GPU, its kernel interpreted."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(grouped, "_has_triton", lambda: True)
     monkeypatch.setattr(grouped, "grouped_matmul_kernel", partial(grouped_matmul_kernel, interpret=True))
 
 
@@ -61,28 +62,29 @@ def test_integers_are_multiplied_as_their_values(kind, on_gpu):
     assert np.linalg.norm(ours - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-def test_it_is_lowered_to_triton_with_no_copy_of_a_layer(dtype, transposed):
-    """What XLA is handed for a GPU: a kernel that reads the stack as it lies, no slice, transpose or dense product."""
-    rows, stack, sizes = jax.eval_shape(partial(operands, (4096, 256, 384, (0,) * 16), dtype, layers=4))
-    if transposed:
-        rows = jax.ShapeDtypeStruct((4096, 384), dtype)
-    first = jax.ShapeDtypeStruct((), jnp.int32)
+@pytest.mark.parametrize("remat", [True, False])
+def test_a_model_on_a_gpu_copies_no_layer_of_experts(remat, model_config, monkeypatch):
+    """What XLA is handed for a GPU, with gradient: kernels that read the stack of layers as it lies, no slice of it, no
+    transpose and no dense product."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(grouped, "_has_triton", lambda: True)
+    model, tokens = Decoder(model_config, remat=remat), jnp.zeros((2, 64), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.PRNGKey(0), tokens)["params"]
 
-    def matmul(rows, stack, sizes, first):
-        return grouped_matmul_kernel(rows, stack.reshape(-1, *stack.shape[2:]), sizes, first, transposed)
+    def loss(embedding, params, tokens):
+        return model.apply({"params": params | {"embedding": embedding}}, tokens).logits.sum()
 
     gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, platform="cuda")
+    shapes = params["embedding"], params, jax.ShapeDtypeStruct((2, 64), jnp.int32)
     with use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=gpu)):
-        lowered = jax.jit(matmul).trace(rows, stack, sizes, first).lower(lowering_platforms=("cuda",))
-    lines = lowered.as_text().splitlines()
-    (kernel,) = [line for line in lines if "triton" in line]
-    (whole,) = [line for line in lines if re.search(r"-> tensor<[^>]*256x384x", line)]
-    assert "stablehlo.reshape" in whole and not any("dot_general" in line for line in lines if line != kernel)
+        text = jax.jit(jax.grad(loss)).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    c = model_config
+    layer = f"{c.experts}x{c.width}x{2 * c.expert_width}x"
+    made = re.findall(rf"stablehlo\.(\w+)[^\n]*-> tensor<(?:1x)?{layer}", text)
+    assert "gpu.triton" in text and not made
 
 
-@pytest.mark.parametrize("capability, kernel", [("7.5", False), ("8.0", True), ("12.0", True), ("gfx942", True)])
+@pytest.mark.parametrize("capability, kernel", [("7.5", False), ("8.0", True), ("12.0", True), ("gfx942", False)])
 def test_gpus_that_triton_does_not_know_use_xla(capability, kernel, monkeypatch):
     class Device:
         compute_capability = capability
