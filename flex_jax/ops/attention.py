@@ -43,7 +43,7 @@ def _attention_on_cpu(query, key, value, mask, scale):
     query, key, value = (array.transpose(0, 2, 1, 3) for array in (query * scale, key, value))
     rows = query.reshape(batch, groups, -1, query.shape[-1])
     scores = _matmul(rows, key, (3, 3)).astype(jnp.float32)
-    # Added and not chosen by a `where`, which reads the mask once more for every head.
+    # An additive mask for the rows of a group.
     unseen = jnp.broadcast_to(jnp.where(mask, 0.0, UNSEEN), (len(mask), 1, queries, keys))
     shares = jax.nn.softmax(scores + jnp.tile(unseen, (1, 1, heads // groups, 1)))
     y = _matmul(shares.astype(value.dtype), value, (3, 2))
