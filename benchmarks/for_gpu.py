@@ -15,7 +15,6 @@ import os
 import re
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,11 +26,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import emit
-from round import read_setting
+from round import backbone_shapes, read_setting
 
 from flex_jax.data.batches import Batch
-from flex_jax.models.checkpoint import empty_params, read_model_config
-from flex_jax.models.decoder import Decoder
 from flex_jax.simulation import Backbone, any_run, build_round, describe
 
 
@@ -64,10 +61,7 @@ def main() -> dict:
     parser.add_argument("--method", default="flex")
     known, changes = parser.parse_known_args()
     config = read_setting(known, changes)
-    shape = read_model_config(known.model)
-    quantisation = None if config.model.quantisation == "none" else config.model.quantisation
-    params = jax.eval_shape(partial(empty_params, shape, dtype=config.model.dtype, quantisation=quantisation))
-    backbone = Backbone(Decoder(shape, remat=config.model.remat), params, None)
+    backbone = backbone_shapes(config, known.model)
     target = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=known.target.read_text())
     # What operators ask, to choose how they compute.
     with (

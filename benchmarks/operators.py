@@ -14,6 +14,7 @@ measured just before. Prints one JSON line; with --plot, draws the shares.
 """
 
 import argparse
+import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -58,18 +59,14 @@ def grouped_by(matmul: Callable):
     return mock.patch("flex_jax.ops.experts.map_groups", map_groups)
 
 
-def xla_matmul(rows, stack, transposed=False, *, layer, sizes) -> jax.Array:
-    """`grouped_matmul` by `lax.ragged_dot`."""
-    matrices = jnp.swapaxes(stack[layer], 1, 2) if transposed else stack[layer]
-    return jax.lax.ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
+def by_ragged_dot(ragged_dot: Callable) -> Callable:
+    """`grouped_matmul` by an operator of a library, with the arguments of `lax.ragged_dot`."""
 
+    def matmul(rows, stack, transposed=False, *, layer, sizes):
+        matrices = jnp.swapaxes(stack[layer], 1, 2) if transposed else stack[layer]
+        return ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
 
-def tokamax_matmul(rows, stack, transposed=False, *, layer, sizes) -> jax.Array:
-    """`grouped_matmul` by tokamax."""
-    import tokamax
-
-    matrices = jnp.swapaxes(stack[layer], 1, 2) if transposed else stack[layer]
-    return tokamax.ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
+    return matmul
 
 
 def expert_operators(c: ModelConfig, tokens: int, dtype: str) -> dict[str, Operator]:
@@ -87,10 +84,12 @@ def expert_operators(c: ModelConfig, tokens: int, dtype: str) -> dict[str, Opera
         return Operator(function, (x, weight), fixed, needed, needed, context)
 
     operators = {"experts (in use)": operator()}
-    if jax.default_backend() == "cpu" or tokens * c.experts_per_token * c.experts * c.width * x.dtype.itemsize <= 2e10:
-        operators["experts: lax.ragged_dot"] = operator(context=partial(grouped_by, xla_matmul))
+    libraries = {"lax": jax.lax}
     if importlib.util.find_spec("tokamax"):
-        operators["experts: tokamax.ragged_dot"] = operator(context=partial(grouped_by, tokamax_matmul))
+        libraries["tokamax"] = importlib.import_module("tokamax")
+    for name, library in libraries.items():
+        context = partial(grouped_by, by_ragged_dot(library.ragged_dot))
+        operators[f"experts: {name}.ragged_dot"] = operator(context=context)
     if tokens * c.experts * (2 * c.expert_width + c.width) * x.dtype.itemsize <= SMALL_BYTES:
         operators["experts: all on all"] = operator(dense_experts)
     return operators

@@ -31,12 +31,18 @@ from flex_jax.models.decoder import Decoder
 from flex_jax.simulation import Backbone, any_run, build_round, describe
 
 
-def random_backbone(config, shape_file: Path) -> Backbone:
-    """Random weights of the shape in a config.json, as config.model asks for."""
+def backbone_shapes(config, shape_file: Path) -> Backbone:
+    """The model in a config.json, as config.model asks for, with shapes in the place of weights."""
     shape = read_model_config(shape_file)
     quantisation = None if config.model.quantisation == "none" else config.model.quantisation
     shapes = jax.eval_shape(partial(empty_params, shape, dtype=config.model.dtype, quantisation=quantisation))
-    return Backbone(Decoder(shape, remat=config.model.remat), random_params(shapes), None)
+    return Backbone(Decoder(shape, remat=config.model.remat), shapes, None)
+
+
+def random_backbone(config, shape_file: Path) -> Backbone:
+    """The same with random weights."""
+    backbone = backbone_shapes(config, shape_file)
+    return backbone._replace(params=random_params(backbone.params))
 
 
 def random_batches(config, vocabulary: int) -> Batch:

@@ -143,6 +143,8 @@ replicated.defvjp(lambda axes, tree: (tree, None), lambda axes, _, gradients: (l
 
 def on_a_device(model: Decoder, mesh: Mesh, params: dict) -> Decoder:
     """The model as one device applies it to its slices of the parameters `params`."""
+    if not data_axes(mesh):  # to all of them
+        return model.clone(stacked=True)
     specs = {
         name: jax.tree.map(lambda spec: P(*spec[1:]), tree, is_leaf=_is_spec)  # of one layer
         for name, tree in param_specs(mesh, params).items()
@@ -150,8 +152,6 @@ def on_a_device(model: Decoder, mesh: Mesh, params: dict) -> Decoder:
     }
     divided = Experts(partial(frozen_experts_over, EXPERT), partial(take_experts_over, EXPERT))
     experts = divided if mesh.shape[EXPERT] > 1 else model.experts
-    if not data_axes(mesh):  # each device has all parameters
-        return model.clone(stacked=True)
     return model.clone(experts=experts, stacked=False, gather=lambda name, layer: gather(specs[name], layer))
 
 

@@ -43,10 +43,9 @@ def grouped_matmul(
 ) -> jax.Array:
     """rows [N, D], or [N, F] where `transposed`, by the matrices [E, D, F] of a layer or their transposes.
 
-    On GPUs that Triton compiles for by the kernel beside this file, which reads a plain layer in its place; elsewhere
-    by `lax.ragged_dot`.
-    Quantised matrices are dequantised first, one layer's at a time. Returns the dtype of `rows`; zero for rows after
-    the last group.
+    stack: those of all layers, [L, E, D, F]; sizes [E] int32. On GPUs that Triton compiles for by the kernel beside
+    this file, which reads a plain layer in its place; elsewhere by `lax.ragged_dot`. Quantised matrices are
+    dequantised first, one layer's at a time. Returns the dtype of `rows`; zero for rows after the last group.
     """
     if _has_triton():
         if isinstance(stack, Quantised) or stack.dtype != rows.dtype:
@@ -82,8 +81,9 @@ def of_layer(stack: jax.Array | Quantised, layer: jax.Array | int) -> jax.Array 
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
 
 
-def _flat(stack: jax.Array | Quantised) -> jax.Array | Quantised:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stack)
+def _flat(stacks):
+    """[L * E, D, F] of each: no copy."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stacks)
 
 
 def _map_blocks(function, rows, stacks, layer, sizes):

@@ -203,8 +203,9 @@ def sharding(path, shape):
     experts = path.startswith("layers/moe/") and len(shape) == 4
     return NamedSharding(mesh, PartitionSpec(None, "expert") if experts else PartitionSpec())
 for kind in (None, "int4"):
-    _, plain = load_pretrained({str(directory)!r}, quantisation=kind)
-    _, sharded = load_pretrained({str(directory)!r}, quantisation=kind, sharding=sharding)
+    model, plain = load_pretrained({str(directory)!r}, quantisation=kind)
+    divided, sharded = load_pretrained({str(directory)!r}, quantisation=kind, sharding=sharding)
+    assert model.stacked and not divided.stacked  # a divided stack of layers is never put together whole
     jax.tree.map(np.testing.assert_array_equal, plain, sharded)
     for leaf in jax.tree.leaves(sharded["layers"]["moe"]["gate_up"]):
         assert [shard.data.shape[1] for shard in leaf.addressable_shards] == [3, 3], leaf.sharding
