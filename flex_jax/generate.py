@@ -46,8 +46,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     top_p = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
     add = parser.add_argument
     add("--workdir", type=Path, required=True, metavar="RUN", help="work directory of the run")
-    add("--client", metavar="N|NAME|shared", help="whose answers: a client's, or the aggregated model's;\n"
-        "with --prompts that of the lines without a client")
+    add(
+        "--client",
+        metavar="N|NAME|shared",
+        help="whose answers: a client's, or the aggregated model's;\nwith --prompts that of the lines without a client",
+    )
     add("--method", help="method of the run; default the first in its config")
     add("--seed", type=seed, metavar="N", help="seed of the run; default the first in its config")
     add("--prompt", metavar="TEXT", help="one question; its answer is printed")
@@ -58,8 +61,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--temperature", type=temperature, default=0.0, metavar="T", help="default 0, the most likely token each time")
     add("--top-p", type=top_p, default=1.0, metavar="P", help="nucleus to draw from; default 1, all tokens")
     add("--sample-seed", type=seed, default=0, metavar="N", help="default 0")
-    add("--batch-size", type=positive, metavar="N", help="questions of each client at a time;\n"
-        "default evaluation.batch_size of the run")
+    add(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="questions of each client at a time;\ndefault evaluation.batch_size of the run",
+    )
     options = parser.parse_args(arguments)
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("give either --prompt or --prompts")

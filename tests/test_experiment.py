@@ -184,9 +184,11 @@ def test_a_method_that_breaks_does_not_lose_the_others(checkpoint, tmp_path, cap
     command = arguments(checkpoint, run, f"--config.methods=('fedavg','{file}:breaks','local')", "--config.rounds=1")
     assert_refused(command, "mine.py, line 5: ValueError: no such leaf", capsys, run)
     find_method.cache_clear()
-    file.write_text(BREAKS.replace("raise", "if received.steps > 1: raise").replace(
-        'ValueError("no such leaf")', 'ValueError("no such leaf")\n    return default(received, trained)'
-    ).replace("import ClientRule", "import begin as default, ClientRule"))
+    file.write_text(
+        BREAKS.replace("raise", "if received.steps > 1: raise")
+        .replace('ValueError("no such leaf")', 'ValueError("no such leaf")\n    return default(received, trained)')
+        .replace("import ClientRule", "import begin as default, ClientRule")
+    )
     assert main(command) == 1
     printed = capsys.readouterr()
     assert f"1 of 3 runs failed (breaks seed 0: {file}, line 5: ValueError: no such leaf)" in printed.err

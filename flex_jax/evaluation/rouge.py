@@ -22,8 +22,10 @@ def rouge(predictions: list[str], references: list[str]) -> dict[str, float]:
     Raises: ValueError when the lists are empty or differ in length.
     """
     if len(predictions) != len(references) or not predictions:
-        raise ValueError(f"rouge needs as many predictions as references, at least one: "
-                         f"got {len(predictions)} and {len(references)}")
-    scores = [_scorer().score(reference, prediction)
-              for prediction, reference in zip(predictions, references, strict=True)]
+        raise ValueError(
+            f"rouge needs as many predictions as references, at least one: got {len(predictions)} and {len(references)}"
+        )
+    scores = [
+        _scorer().score(reference, prediction) for prediction, reference in zip(predictions, references, strict=True)
+    ]
     return {kind: 100.0 * fmean(score[kind].fmeasure for score in scores) for kind in KINDS}

@@ -48,8 +48,14 @@ summary { cursor: pointer; color: var(--muted); }
 """
 
 
-def write_report(path: Path | str, results: Mapping, metrics: Sequence[Mapping], *, notes: Sequence[str],
-                 config: Mapping | None = None) -> None:
+def write_report(
+    path: Path | str,
+    results: Mapping,
+    metrics: Sequence[Mapping],
+    *,
+    notes: Sequence[str],
+    config: Mapping | None = None,
+) -> None:
     """Writes the page, atomically.
 
     Args:
@@ -59,34 +65,65 @@ def write_report(path: Path | str, results: Mapping, metrics: Sequence[Mapping],
       notes: paragraphs a reader needs to judge the numbers, such as how the comparison was made fair.
       config: the content of config.json, shown in full.
     """
-    page = "\n".join([
-        "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">', "<title>flex_jax report</title>",
-        f"<style>{CSS}</style>", "</head>", "<body>", "<main>",
-        _header(results, metrics), _summary(results, notes), _learning(results, metrics), _clients(results),
-        _grafts(results), _costs(results), _examples(results), _environment(results, config),
-        "</main>", "</body>", "</html>", ""])
+    page = "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            "<title>flex_jax report</title>",
+            f"<style>{CSS}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            _header(results, metrics),
+            _summary(results, notes),
+            _learning(results, metrics),
+            _clients(results),
+            _grafts(results),
+            _costs(results),
+            _examples(results),
+            _environment(results, config),
+            "</main>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
     write_text(path, page)
 
 
 def _header(results: Mapping, metrics: Sequence[Mapping]) -> str:
     runs = results["runs"]
-    facts = {"methods": len(_methods(results)), "seeds": ", ".join(str(s) for s in sorted({r["seed"] for r in runs})),
-             "clients": max(len(run["clients"]) for run in runs),
-             "rounds": max((row["round"] + 1 for row in metrics), default=0), "device": results["device"]}
+    facts = {
+        "methods": len(_methods(results)),
+        "seeds": ", ".join(str(s) for s in sorted({r["seed"] for r in runs})),
+        "clients": max(len(run["clients"]) for run in runs),
+        "rounds": max((row["round"] + 1 for row in metrics), default=0),
+        "device": results["device"],
+    }
     items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
-    return (f'<h1>Federated personalisation report</h1><p class="lead">{escape(", ".join(_methods(results)))}</p>'
-            f'<dl class="facts">{items}</dl>')
+    return (
+        f'<h1>Federated personalisation report</h1><p class="lead">{escape(", ".join(_methods(results)))}</p>'
+        f'<dl class="facts">{items}</dl>'
+    )
 
 
 def _summary(results: Mapping, notes: Sequence[str]) -> str:
     rows = [[_swatch(results, row[0]), *map(_cell, row[1:])] for row in summary_rows(results)]
-    text = ("Mean over clients, then over seeds, ± one sample standard deviation over the seeds. ROUGE-L is F1 in "
-            "percent. Up and down: bytes of one client in a round. Columns frozen, shared and personal (of one client) "
-            "count parameters.")
+    text = (
+        "Mean over clients, then over seeds, ± one sample standard deviation over the seeds. ROUGE-L is F1 in "
+        "percent. Up and down: bytes of one client in a round. Columns frozen, shared and personal (of one client) "
+        "count parameters."
+    )
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return _section("Summary", f"<p><small>{text}</small></p>", _table(map(_cell, SUMMARY_COLUMNS), rows),
-                    f'<h2 style="margin-top:24px">Notes</h2><ul>{listed}</ul>' if notes else "")
+    return _section(
+        "Summary",
+        f"<p><small>{text}</small></p>",
+        _table(map(_cell, SUMMARY_COLUMNS), rows),
+        f'<h2 style="margin-top:24px">Notes</h2><ul>{listed}</ul>' if notes else "",
+    )
 
 
 def _leading(results: Mapping) -> tuple[Mapping, str]:
@@ -99,10 +136,14 @@ def _leading(results: Mapping) -> tuple[Mapping, str]:
 
 def _learning(results: Mapping, metrics: Sequence[Mapping]) -> str:
     leading, words = _leading(results)
-    return _section("Learning curves", _figure(
-        plots.learning_curves(leading, metrics),
-        "Loss on the response tokens by round, mean over the clients that took part. The band is one standard "
-        f"deviation over the seeds.{words}"))
+    return _section(
+        "Learning curves",
+        _figure(
+            plots.learning_curves(leading, metrics),
+            "Loss on the response tokens by round, mean over the clients that took part. The band is one standard "
+            f"deviation over the seeds.{words}",
+        ),
+    )
 
 
 def _clients(results: Mapping) -> str:
@@ -116,17 +157,24 @@ def _clients(results: Mapping) -> str:
         cells = []
         for method in methods:
             score, loss = _spread(rouge[method]), _spread(_values(results, method, number, "eval_loss"))
-            cells.append((f"<b>{score}</b>" if best is not None and means.get(method) == best else score)
-                         + f"<small>{loss}</small>")
+            cells.append(
+                (f"<b>{score}</b>" if best is not None and means.get(method) == best else score)
+                + f"<small>{loss}</small>"
+            )
         rows.append([_cell(client["name"]), _cell(client["train_examples"]), _cell(client["eval_examples"]), *cells])
     header = ["client", "train", "eval", *(_swatch(results, method) for method in methods)]
     leading, words = _leading(results)
     return _section(
         "Clients",
-        _figure(plots.client_bars(leading), "ROUGE-L of each client on its own test examples, mean over the seeds; "
-                f"the error bar is one standard deviation over the seeds.{words}"),
+        _figure(
+            plots.client_bars(leading),
+            "ROUGE-L of each client on its own test examples, mean over the seeds; "
+            f"the error bar is one standard deviation over the seeds.{words}",
+        ),
         "<p><small>Examples to train and to evaluate; ROUGE-L in percent, the best in bold, above the evaluation "
-        "loss.</small></p>", _table(header, rows))
+        "loss.</small></p>",
+        _table(header, rows),
+    )
 
 
 def _grafts(results: Mapping) -> str:
@@ -137,11 +185,14 @@ def _grafts(results: Mapping) -> str:
         grafts = [client.get("grafted_experts") for client in run["clients"]]
         if grafts and all(grafts):
             alike.setdefault(f"{run['seed']} {grafts}", []).append(run)
-    figures = [_figure(
-        plots.grafted_experts(runs[0]["clients"]),
-        f"{', '.join(run['method'] for run in runs)}, seed {runs[0]['seed']}: the number of the pretrained expert that "
-        "each client grafted in each MoE layer. Darker cells: more clients chose that expert in that layer.")
-        for runs in alike.values()]
+    figures = [
+        _figure(
+            plots.grafted_experts(runs[0]["clients"]),
+            f"{', '.join(run['method'] for run in runs)}, seed {runs[0]['seed']}: the number of the pretrained expert that "
+            "each client grafted in each MoE layer. Darker cells: more clients chose that expert in that layer.",
+        )
+        for runs in alike.values()
+    ]
     return _section("Grafted experts", *figures) if figures else ""
 
 
@@ -157,11 +208,17 @@ def _costs(results: Mapping) -> str:
     header = ["method", "compilation, all seeds (s)", "round, median (s)", "training tokens/s", "sent in all, per seed"]
     return _section(
         "Communication, size and time",
-        _figure(plots.bytes_per_round(results), "Bytes of the arrays handed over between one client and the server "
-                "in one round."),
-        _figure(plots.parameters_by_role(results), "Parameters by role. Frozen: one copy for all clients. Shared: "
-                "trained and averaged. Personal: trained and never sent."),
-        _table(header, rows))
+        _figure(
+            plots.bytes_per_round(results),
+            "Bytes of the arrays handed over between one client and the server in one round.",
+        ),
+        _figure(
+            plots.parameters_by_role(results),
+            "Parameters by role. Frozen: one copy for all clients. Shared: "
+            "trained and averaged. Personal: trained and never sent.",
+        ),
+        _table(header, rows),
+    )
 
 
 def _examples(results: Mapping) -> str:
@@ -189,8 +246,12 @@ def _environment(results: Mapping, config: Mapping | None) -> str:
     if config is None:
         return _section("Versions and device", device, versions)
     rows = [[_cell(key), _cell(value)] for key, value in _flat(config)]
-    return _section("Configuration, versions and device", device, versions,
-                    f"<details><summary>Every config key</summary>{_table(['key', 'value'], rows, '')}</details>")
+    return _section(
+        "Configuration, versions and device",
+        device,
+        versions,
+        f"<details><summary>Every config key</summary>{_table(['key', 'value'], rows, '')}</details>",
+    )
 
 
 def _methods(results: Mapping) -> list[str]:
@@ -199,8 +260,13 @@ def _methods(results: Mapping) -> list[str]:
 
 def _values(results: Mapping, method: str, client: int, metric: str) -> list:
     """One number a seed."""
-    return [row.get(metric) for run in results["runs"] if run["method"] == method
-            for row in run["clients"] if row["id"] == client]
+    return [
+        row.get(metric)
+        for run in results["runs"]
+        if run["method"] == method
+        for row in run["clients"]
+        if row["id"] == client
+    ]
 
 
 def _spread(values: list) -> str:

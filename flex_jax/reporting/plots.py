@@ -18,19 +18,47 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from flex_jax.reporting.tables import human_bytes, human_count, ranked_methods
 
 # Okabe and Ito's colours, told apart by colour-blind readers, then others for long lists of methods.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B", "#6B6B6B",
-           "#A6A100", "#003F5C", "#F28E8E", "#7FC97F", "#B39DDB")
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7A5195",
+    "#8C564B",
+    "#6B6B6B",
+    "#A6A100",
+    "#003F5C",
+    "#F28E8E",
+    "#7FC97F",
+    "#B39DDB",
+)
 WIDTH = 10.0  # inches: 960 pixels at 100%, the width of the page's column
 BARS_A_ROW = 48
 LABEL_LENGTH = 24
 INK, MUTED, GRID = "#1f2933", "#52606d", "#e4e7eb"
 STYLE = {
-    "svg.fonttype": "none", "text.parse_math": False,  # a client's name may hold a dollar sign
-    "font.family": "DejaVu Sans", "font.size": 9.5,
-    "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa5b1", "axes.axisbelow": True,
-    "axes.labelcolor": MUTED, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED,
-    "grid.color": GRID, "grid.linewidth": 0.8, "legend.frameon": False, "lines.linewidth": 1.8,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a client's name may hold a dollar sign
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.axisbelow": True,
+    "axes.labelcolor": MUTED,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
 }
 
 
@@ -51,8 +79,9 @@ def learning_curves(results: Mapping, metrics: Sequence[Mapping]) -> str:
         for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             for method, colour in method_colours(results).items():
                 rounds, means, stds = _curve(metrics, method, key)
-                axes.plot(rounds, means, color=colour, label=method, marker="o" if len(rounds) <= 25 else "",
-                          markersize=3.5)
+                axes.plot(
+                    rounds, means, color=colour, label=method, marker="o" if len(rounds) <= 25 else "", markersize=3.5
+                )
                 axes.fill_between(rounds, means - stds, means + stds, color=colour, alpha=0.15, linewidth=0)
             axes.set(title=title.capitalize(), xlabel="round", ylabel=f"{title} (nats per token)")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -81,17 +110,26 @@ def client_bars(results: Mapping) -> str:
 
     def draw(figure: Figure) -> None:
         for row, axes in enumerate(figure.subplots(rows, 1, squeeze=False, sharey=True)[:, 0]):
-            shown = ids[row * a_row:(row + 1) * a_row]
+            shown = ids[row * a_row : (row + 1) * a_row]
             for index, (method, colour) in enumerate(colours.items()):
                 seeds = [scores.get((method, client), [math.nan]) for client in shown]
                 places = np.arange(len(shown)) + (index - (len(colours) - 1) / 2) * width
                 errors = [_std(values) for values in seeds]
-                axes.bar(places, [fmean(values) for values in seeds], width * 0.92, color=colour, label=method,
-                         yerr=errors if any(errors) else None,
-                         error_kw={"ecolor": INK, "elinewidth": 1.0, "capsize": min(3.0, 60 * width / a_row)})
+                axes.bar(
+                    places,
+                    [fmean(values) for values in seeds],
+                    width * 0.92,
+                    color=colour,
+                    label=method,
+                    yerr=errors if any(errors) else None,
+                    error_kw={"ecolor": INK, "elinewidth": 1.0, "capsize": min(3.0, 60 * width / a_row)},
+                )
             axes.set(ylabel="ROUGE-L (%)", xlim=(-0.6, a_row - 0.4))  # a short last row keeps the width of its bars
-            axes.set_xticks(range(len(shown)), [labels[client] for client in shown],
-                            **({"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if turned else {}))
+            axes.set_xticks(
+                range(len(shown)),
+                [labels[client] for client in shown],
+                **({"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if turned else {}),
+            )
             axes.tick_params(axis="x", length=0)
             axes.grid(True, axis="y")
         _legend(figure, axes)
@@ -108,8 +146,15 @@ def grafted_experts(clients: Sequence[Mapping]) -> str:
     grafts = [client["grafted_experts"] for client in clients]
     layers, lines = len(grafts[0]), max(len(experts) for client in grafts for experts in client)
     # the share of the clients that hold an expert of the cell, averaged over its experts
-    share = np.array([[fmean(sum(expert in other[layer] for other in grafts) for expert in client[layer]) / len(grafts)
-                       for layer in range(layers)] for client in grafts])
+    share = np.array(
+        [
+            [
+                fmean(sum(expert in other[layer] for other in grafts) for expert in client[layer]) / len(grafts)
+                for layer in range(layers)
+            ]
+            for client in grafts
+        ]
+    )
     width, height = max(0.28, min(0.9, (WIDTH - 3) / layers)), 0.15 * lines + 0.16  # of a cell, in inches
 
     def draw(figure: Figure) -> None:
@@ -117,8 +162,15 @@ def grafted_experts(clients: Sequence[Mapping]) -> str:
         mesh = axes.pcolormesh(100 * share, cmap="Blues", vmin=0, vmax=125, edgecolors="white", linewidth=1.5)
         for row, client in enumerate(grafts):
             for layer, experts in enumerate(client):
-                axes.text(layer + 0.5, row + 0.5, "\n".join(map(str, experts)), ha="center", va="center", fontsize=8.5,
-                          color="white" if share[row, layer] > 0.7 else INK)
+                axes.text(
+                    layer + 0.5,
+                    row + 0.5,
+                    "\n".join(map(str, experts)),
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                    color="white" if share[row, layer] > 0.7 else INK,
+                )
         axes.set_xticks(np.arange(layers) + 0.5, range(layers))
         axes.set_yticks(np.arange(len(clients)) + 0.5, [_short(str(client["name"])) for client in clients])
         axes.set_xlabel("MoE layer")
@@ -128,8 +180,15 @@ def grafted_experts(clients: Sequence[Mapping]) -> str:
         axes.tick_params(length=0)
         axes.tick_params(labeltop=len(clients) > 20)
         keys = [Patch(color=mesh.to_rgba(percent), label=f"{percent}%") for percent in (10, 40, 70, 100)]
-        figure.legend(handles=keys, loc="outside upper left", ncols=4, handlelength=1.2, alignment="left",
-                      title="clients that hold this expert in this layer", title_fontsize=9)
+        figure.legend(
+            handles=keys,
+            loc="outside upper left",
+            ncols=4,
+            handlelength=1.2,
+            alignment="left",
+            title="clients that hold this expert in this layer",
+            title_fontsize=9,
+        )
 
     return _svg("grafts", (3 + width * layers, 1.5 + height * len(clients)), draw)
 
@@ -181,21 +240,39 @@ def _curve(metrics: Sequence[Mapping], method: str, key: str) -> tuple[list[int]
             clients.setdefault(row["round"], {}).setdefault(row["seed"], []).append(value)
     rounds = sorted(clients)
     seeds = [[fmean(values) for values in clients[round].values()] for round in rounds]
-    return (rounds, np.array([fmean(values) for values in seeds]),
-            np.array([_std(values) for values in seeds]))
+    return (rounds, np.array([fmean(values) for values in seeds]), np.array([_std(values) for values in seeds]))
 
 
-def _grouped_bars(axes, groups: list[str], values: Mapping[str, list[float]], colours: Mapping[str, str],
-                  label: Callable[[float], str], left: float = 0.0) -> None:
+def _grouped_bars(
+    axes,
+    groups: list[str],
+    values: Mapping[str, list[float]],
+    colours: Mapping[str, str],
+    label: Callable[[float], str],
+    left: float = 0.0,
+) -> None:
     """Horizontal bars, one group a label of `groups`, one bar a method, each with its number at its end."""
     height = 0.8 / len(values)
     for index, (method, row) in enumerate(values.items()):
         places = np.arange(len(groups)) + (index - (len(values) - 1) / 2) * height
-        axes.barh(places, [max(value - left, 0) for value in row], height * 0.9, left=left, color=colours[method],
-                  label=method)
+        axes.barh(
+            places,
+            [max(value - left, 0) for value in row],
+            height * 0.9,
+            left=left,
+            color=colours[method],
+            label=method,
+        )
         for place, value in zip(places, row, strict=True):
-            axes.annotate(label(value), (max(value, left), place), xytext=(4, 0), textcoords="offset points",
-                          va="center", fontsize=8.5, color=MUTED)
+            axes.annotate(
+                label(value),
+                (max(value, left), place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color=MUTED,
+            )
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
@@ -217,14 +294,20 @@ def _std(values: Sequence[float]) -> float:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= LABEL_LENGTH else name[:LABEL_LENGTH - 1] + "…"
+    return name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
 
 
 def _legend(figure: Figure, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     lines = math.ceil(len(labels) / 7)
-    figure.legend(handles, labels, loc="outside upper left", ncols=math.ceil(len(labels) / lines), handlelength=1.2,
-                  columnspacing=1.6)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=math.ceil(len(labels) / lines),
+        handlelength=1.2,
+        columnspacing=1.6,
+    )
 
 
 def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
@@ -235,4 +318,4 @@ def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
-    return svg[svg.index("<svg"):]  # without the XML prologue: HTML takes the element only
+    return svg[svg.index("<svg") :]  # without the XML prologue: HTML takes the element only

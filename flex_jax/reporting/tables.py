@@ -3,10 +3,32 @@
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-SUMMARY_COLUMNS = ("method", "seeds", "ROUGE-L", "eval loss", "up/round", "down/round", "frozen", "shared",
-                   "personal", "s/round")
-PLAN_COLUMNS = ("method", "clients", "frozen", "shared", "personal", "up", "down", "client", "frozen", "clients",
-                "activations", "peak")
+SUMMARY_COLUMNS = (
+    "method",
+    "seeds",
+    "ROUGE-L",
+    "eval loss",
+    "up/round",
+    "down/round",
+    "frozen",
+    "shared",
+    "personal",
+    "s/round",
+)
+PLAN_COLUMNS = (
+    "method",
+    "clients",
+    "frozen",
+    "shared",
+    "personal",
+    "up",
+    "down",
+    "client",
+    "frozen",
+    "clients",
+    "activations",
+    "peak",
+)
 PLAN_GROUPS = {2: "parameters", 5: "sent/client/round", 7: "held by a", 8: "memory of a device"}
 
 
@@ -28,7 +50,7 @@ def _human(count: float, base: int, units: Sequence[str]) -> str:
 
 
 def mean_std(mean: float | None, std: float | None, seeds: int) -> str:
-    """"43.13 +- 0.52"; without a spread for one seed, "-" for no number."""
+    """ "43.13 +- 0.52"; without a spread for one seed, "-" for no number."""
     if mean is None:
         return "-"
     return f"{mean:.2f} +- {std:.2f}" if seeds > 1 else f"{mean:.2f}"
@@ -59,12 +81,22 @@ def summary_rows(results: Mapping) -> list[list[str]]:
     for method in ranked_methods(results):
         runs = [run for run in results["runs"] if run["method"] == method]
         parameters = runs[0]["parameters"]  # the seed does not change them
-        rows.append([method, str(len(runs)), score(method, "rougeL"), score(method, "eval_loss"),
-                     *(human_bytes(runs[0]["communication"][f"{way}_bytes_per_client_round"])
-                       for way in ("upload", "download")),
-                     human_count(parameters["frozen"]), human_count(parameters["shared"]),
-                     human_count(parameters["personal_per_client"]),
-                     mean_number((run["timing"]["round_s_median"] for run in runs), ".3g")])
+        rows.append(
+            [
+                method,
+                str(len(runs)),
+                score(method, "rougeL"),
+                score(method, "eval_loss"),
+                *(
+                    human_bytes(runs[0]["communication"][f"{way}_bytes_per_client_round"])
+                    for way in ("upload", "download")
+                ),
+                human_count(parameters["frozen"]),
+                human_count(parameters["shared"]),
+                human_count(parameters["personal_per_client"]),
+                mean_number((run["timing"]["round_s_median"] for run in runs), ".3g"),
+            ]
+        )
     return rows
 
 
@@ -82,13 +114,23 @@ def plan_table(plans: Sequence[Mapping]) -> str:
         optimiser state of one client), activation_bytes (of the whole cohort), peak_bytes, upload_bytes and
         download_bytes (one client, one round).
     """
-    rows = [[plan["method"],
-             f"{plan['cohort']} of {plan['clients']}" if plan["cohort"] != plan["clients"] else str(plan["clients"]),
-             human_count(plan["frozen"]), human_count(plan["shared"]), human_count(plan["personal_per_client"]),
-             human_bytes(plan["upload_bytes"]), human_bytes(plan["download_bytes"]),
-             human_bytes(plan["client_bytes"]), human_bytes(plan["frozen_bytes"]),
-             f"{plan['cohort']} x {human_bytes(plan['client_bytes'])}", human_bytes(plan["activation_bytes"]),
-             human_bytes(plan["peak_bytes"])] for plan in plans]
+    rows = [
+        [
+            plan["method"],
+            f"{plan['cohort']} of {plan['clients']}" if plan["cohort"] != plan["clients"] else str(plan["clients"]),
+            human_count(plan["frozen"]),
+            human_count(plan["shared"]),
+            human_count(plan["personal_per_client"]),
+            human_bytes(plan["upload_bytes"]),
+            human_bytes(plan["download_bytes"]),
+            human_bytes(plan["client_bytes"]),
+            human_bytes(plan["frozen_bytes"]),
+            f"{plan['cohort']} x {human_bytes(plan['client_bytes'])}",
+            human_bytes(plan["activation_bytes"]),
+            human_bytes(plan["peak_bytes"]),
+        ]
+        for plan in plans
+    ]
     return _align([PLAN_COLUMNS, *rows], PLAN_GROUPS)
 
 
@@ -102,8 +144,13 @@ def _align(rows: Sequence[Sequence[str]], groups: Mapping[int, str] | None = Non
         ends = [*list(groups)[1:], len(widths)]
         for (start, text), end in zip(groups.items(), ends, strict=True):  # room for the text over narrow columns
             widths[start] += max(0, len(text) - sum(widths[start:end]) - 2 * (end - start - 1))
-    lines = ["  ".join(cell.ljust(width) if index == 0 else cell.rjust(width)
-                       for index, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     if groups:
         above = ""

@@ -53,8 +53,10 @@ class MetricsWriter:
         Args:
           lines: numbers by name, for each client id, and for None (the round as a whole).
         """
-        records = ({"run": run, "method": method, "seed": seed, "round": round, "client": client, **numbers}
-                   for client, numbers in lines.items())
+        records = (
+            {"run": run, "method": method, "seed": seed, "round": round, "client": client, **numbers}
+            for client, numbers in lines.items()
+        )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records))
 
@@ -85,10 +87,15 @@ def summarise(runs: Iterable[Mapping]) -> list[dict]:
     rows = []
     for (method, metric), seeds in values.items():
         finite = None not in seeds
-        rows.append({"method": method, "metric": metric,
-                     "mean": fmean(seeds) if finite else None,
-                     "std": (stdev(seeds) if len(seeds) > 1 else 0.0) if finite else None,
-                     "seeds": len(seeds)})
+        rows.append(
+            {
+                "method": method,
+                "metric": metric,
+                "mean": fmean(seeds) if finite else None,
+                "std": (stdev(seeds) if len(seeds) > 1 else 0.0) if finite else None,
+                "seeds": len(seeds),
+            }
+        )
     return rows
 
 
@@ -114,6 +121,8 @@ def _complete_lines(path: Path) -> Iterable[tuple[str, dict]]:
         except json.JSONDecodeError:
             record = None
         if not isinstance(record, dict) or not {"run", "round"} <= record.keys():
-            raise InputError(f"{path}, line {number}: not a metrics line (a JSON object with run and round): "
-                             "move the file away or use another work directory")
+            raise InputError(
+                f"{path}, line {number}: not a metrics line (a JSON object with run and round): "
+                "move the file away or use another work directory"
+            )
         yield line, record

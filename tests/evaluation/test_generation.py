@@ -51,8 +51,10 @@ def federation(model, model_config, params):
     frozen, state, clients = start(Recipe(model, METHODS["flex"]), params, chosen, key=jax.random.PRNGKey(0))
     clients = clients(np.arange(CLIENTS))
     keys = iter(jax.random.split(jax.random.PRNGKey(1), 100))
-    moved = [jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), tree)
-             for tree in (state.server.shared, clients.personal)]
+    moved = [
+        jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), tree)
+        for tree in (state.server.shared, clients.personal)
+    ]
     return frozen, ServerState(moved[0], {}), clients._replace(personal=moved[1])
 
 
@@ -96,7 +98,7 @@ def naive(model, federation, client, prompt, end):
         ids.append(int(logits_of(model, federation, client, ids)[-1].argmax()))
         if ids[-1] == end:
             break
-    new = ids[len(prompt):]
+    new = ids[len(prompt) :]
     return new + [end] * (NEW - len(new))
 
 
@@ -192,6 +194,8 @@ def test_evaluation_loss_is_the_mean_over_response_tokens(recipe, model, federat
     for c in range(CLIENTS):
         terms = [
             -jax.nn.log_softmax(logits_of(model, federation, c, tokens[c, b]))[t - 1, tokens[c, b, t]]
-            for b in range(4) for t in range(8) if mask[c, b, t]
+            for b in range(4)
+            for t in range(8)
+            if mask[c, b, t]
         ]
         np.testing.assert_allclose(losses[c], np.mean(terms), rtol=1e-5)

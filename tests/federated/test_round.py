@@ -49,9 +49,7 @@ def plain_client(model, frozen, shared, client, batches, learning_rate):
     trained, losses = (shared, client.personal), []
     opt_state = optimizer.init(trained)
     for tokens, mask in zip(*batches, strict=True):
-        value, gradients = plain_gradients(
-            dense, frozen.params, frozen.adapters, client.grafts, trained, tokens, mask
-        )
+        value, gradients = plain_gradients(dense, frozen.params, frozen.adapters, client.grafts, trained, tokens, mask)
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         losses.append(float(value))

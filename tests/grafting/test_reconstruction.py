@@ -121,9 +121,7 @@ def test_random_choice_repeats_by_key_and_never_takes_an_expert_twice(model, par
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert all(len(set(experts)) == 3 for experts in first.reshape(-1, 3).tolist())
-    chosen = select(
-        model, params, None, selection="random", experts=3, clients=5, key=jax.random.PRNGKey(0)
-    )
+    chosen = select(model, params, None, selection="random", experts=3, clients=5, key=jax.random.PRNGKey(0))
     assert chosen.shape == (5, model.config.layers, 3)
 
 

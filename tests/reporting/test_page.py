@@ -43,14 +43,27 @@ def report(path, results, metrics, **options):
 
 def test_the_page_shows_all_that_the_run_found(tmp_path, fake):
     results, metrics = fake()
-    page = report(tmp_path, results, metrics, notes=["The learning rates were not tuned."],
-                  config={"rounds": 20, "lora": {"rank": 32}, "overrides": {}})
+    page = report(
+        tmp_path,
+        results,
+        metrics,
+        notes=["The learning rates were not tuned."],
+        config={"rounds": 20, "lora": {"rank": 32}, "overrides": {}},
+    )
     for run in results["runs"]:
         assert run["method"] in page.text
         for client in run["clients"]:
             assert client["name"] in page.text
-    for text in ("The learning rates were not tuned.", "lora.rank 32", "overrides {}", "jax 0.10.2", "cpu x 1",
-                 "flex, seed 0", "flex says 2", "Capital 3"):
+    for text in (
+        "The learning rates were not tuned.",
+        "lora.rank 32",
+        "overrides {}",
+        "jax 0.10.2",
+        "cpu x 1",
+        "flex, seed 0",
+        "flex says 2",
+        "Capital 3",
+    ):
         assert text in page.text
     flex = next(row for row in results["summary"] if (row["method"], row["metric"]) == ("flex", "rougeL"))
     assert f"{flex['mean']:.2f} ± {flex['std']:.2f}" in page.text
@@ -80,10 +93,15 @@ def test_nothing_in_the_data_becomes_markup(tmp_path, fake):
     assert page.text.count(attack) >= 3 + 3 + 2  # shown as it is: notes, names, examples
 
 
-@pytest.mark.parametrize("shape", [
-    {"methods": ("local",), "seeds": (0,), "rounds": 1},
-    {"methods": ("fedavg",), "seeds": (0, 1), "clients": 1},
-    {"seeds": (0,), "clients": 50, "experts": 3, "rounds": 2}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"methods": ("local",), "seeds": (0,), "rounds": 1},
+        {"methods": ("fedavg",), "seeds": (0, 1), "clients": 1},
+        {"seeds": (0,), "clients": 50, "experts": 3, "rounds": 2},
+    ],
+    ids=str,
+)
 def test_any_size_of_experiment_has_a_page(tmp_path, fake, shape):
     results, metrics = fake(**shape)
     page = report(tmp_path, results, metrics)

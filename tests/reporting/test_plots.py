@@ -9,16 +9,26 @@ from flex_jax.reporting import plots
 
 
 def drawn(results, metrics):
-    return {"curves": plots.learning_curves(results, metrics), "clients": plots.client_bars(results),
-            "bytes": plots.bytes_per_round(results), "parameters": plots.parameters_by_role(results)}
+    return {
+        "curves": plots.learning_curves(results, metrics),
+        "clients": plots.client_bars(results),
+        "bytes": plots.bytes_per_round(results),
+        "parameters": plots.parameters_by_role(results),
+    }
 
 
 def texts(svg):
     return [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("}text")]
 
 
-@pytest.mark.parametrize("shape", [{}, {"methods": ("local",), "seeds": (0,), "rounds": 1, "clients": 1},
-                                   {"methods": tuple("abcdefghijklmnop"), "seeds": (0, 1), "clients": 20}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"methods": ("local",), "seeds": (0,), "rounds": 1, "clients": 1},
+        {"methods": tuple("abcdefghijklmnop"), "seeds": (0, 1), "clients": 20},
+    ],
+)
 def test_every_plot_is_svg_that_names_every_method_without_a_warning(fake, shape):
     results, metrics = fake(**shape)
     with warnings.catch_warnings():
@@ -40,8 +50,15 @@ def test_the_curve_is_the_mean_over_clients_then_seeds_with_the_spread_of_the_se
     def line(seed, round, client, loss):
         return {"method": "flex", "seed": seed, "round": round, "client": client, "train_loss": loss}
 
-    metrics = [line(0, 0, 0, 1.0), line(0, 0, 1, 3.0), line(1, 0, 0, 4.0), line(1, 0, 1, 4.0), line(0, 0, None, 99.0),
-               line(0, 1, 0, None), line(1, 1, 0, 2.0)]
+    metrics = [
+        line(0, 0, 0, 1.0),
+        line(0, 0, 1, 3.0),
+        line(1, 0, 0, 4.0),
+        line(1, 0, 1, 4.0),
+        line(0, 0, None, 99.0),
+        line(0, 1, 0, None),
+        line(1, 1, 0, 2.0),
+    ]
     rounds, means, stds = plots._curve(metrics, "flex", "train_loss")
     assert rounds == [0, 1]
     assert means[0] == pytest.approx(3.0) and stds[0] == pytest.approx(2**0.5)
@@ -64,8 +81,10 @@ def test_evaluation_loss_has_its_panel_only_where_it_was_measured(fake):
 
 
 def test_the_heat_map_writes_every_grafted_expert():
-    clients = [{"name": "qa & a", "grafted_experts": [[101], [102, 103]]},
-               {"name": "$100$", "grafted_experts": [[104], [105, 106]]}]
+    clients = [
+        {"name": "qa & a", "grafted_experts": [[101], [102, 103]]},
+        {"name": "$100$", "grafted_experts": [[104], [105, 106]]},
+    ]
     svg = plots.grafted_experts(clients)
     written = " ".join(texts(svg))
     assert {"101", "102", "103", "104", "105", "106"} <= set(re.findall(r"\d+", written))

@@ -4,8 +4,17 @@ from flex_jax.reporting.tables import human_bytes, human_count, plan_table, summ
 from flex_jax.reporting.writers import summarise
 
 
-@pytest.mark.parametrize("count, text", [(0, "0 B"), (999, "999 B"), (1023, "0.999 KiB"), (1536, "1.5 KiB"),
-                                         (3 * 2**20, "3 MiB"), (26.66 * 2**30, "26.7 GiB")])
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1023, "0.999 KiB"),
+        (1536, "1.5 KiB"),
+        (3 * 2**20, "3 MiB"),
+        (26.66 * 2**30, "26.7 GiB"),
+    ],
+)
 def test_bytes_in_three_digits(count, text):
     assert human_bytes(count) == text
 
@@ -36,14 +45,35 @@ def test_one_seed_shows_no_spread_and_a_missing_score_goes_last(fake):
 
 
 def test_plan_shows_every_cost():
-    plan = {"method": "flex", "frozen": 14_316_000_000, "shared": 786_432, "personal_per_client": 3_148_288,
-            "frozen_bytes": 26 * 2**30, "client_bytes": 60 * 2**20, "activation_bytes": 3 * 2**30,
-            "peak_bytes": 30 * 2**30, "upload_bytes": 3 * 2**20, "download_bytes": 6 * 2**20,
-            "clients": 10, "cohort": 4}
+    plan = {
+        "method": "flex",
+        "frozen": 14_316_000_000,
+        "shared": 786_432,
+        "personal_per_client": 3_148_288,
+        "frozen_bytes": 26 * 2**30,
+        "client_bytes": 60 * 2**20,
+        "activation_bytes": 3 * 2**30,
+        "peak_bytes": 30 * 2**30,
+        "upload_bytes": 3 * 2**20,
+        "download_bytes": 6 * 2**20,
+        "clients": 10,
+        "cohort": 4,
+    }
     groups, header, rule, line, other = plan_table([plan, {**plan, "method": "a_long_name", "cohort": 10}]).splitlines()
     assert line.split("  ")[0] == "flex"
-    for cost in ("4 of 10", "14.3B", "786K", "3.15M", "3 MiB", "6 MiB", "60 MiB", "26 GiB", "4 x 60 MiB",
-                 "3 GiB", "30 GiB"):
+    for cost in (
+        "4 of 10",
+        "14.3B",
+        "786K",
+        "3.15M",
+        "3 MiB",
+        "6 MiB",
+        "60 MiB",
+        "26 GiB",
+        "4 x 60 MiB",
+        "3 GiB",
+        "30 GiB",
+    ):
         assert f" {cost}" in line
     assert len(header) == len(rule) == len(line) == len(other) >= len(groups)
     assert groups.index("memory of a device") > header.index("client  ")

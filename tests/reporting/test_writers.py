@@ -18,11 +18,14 @@ def write_rounds(path, run, rounds):
 
 def test_a_line_names_run_method_seed_round_and_client(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    MetricsWriter(path).write("flex-seed3", "flex", 3, 7, {np.int64(1): {"train_loss": np.float32(0.5)},
-                                                           None: {"round_s": 2.0}})
+    MetricsWriter(path).write(
+        "flex-seed3", "flex", 3, 7, {np.int64(1): {"train_loss": np.float32(0.5)}, None: {"round_s": 2.0}}
+    )
     head = {"run": "flex-seed3", "method": "flex", "seed": 3, "round": 7}
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {**head, "client": 1, "train_loss": 0.5}, {**head, "client": None, "round_s": 2.0}]
+        {**head, "client": 1, "train_loss": 0.5},
+        {**head, "client": None, "round_s": 2.0},
+    ]
 
 
 def test_a_round_is_on_disk_once_written(tmp_path):
@@ -100,12 +103,17 @@ def average(method, **numbers):
 
 
 def test_summary_by_hand():
-    runs = [average("flex", rougeL=40.0, eval_loss=1.0), average("fedavg", rougeL=39.0),
-            average("flex", rougeL=42.0, eval_loss=1.0), average("flex", rougeL=47.0, eval_loss=1.0)]
+    runs = [
+        average("flex", rougeL=40.0, eval_loss=1.0),
+        average("fedavg", rougeL=39.0),
+        average("flex", rougeL=42.0, eval_loss=1.0),
+        average("flex", rougeL=47.0, eval_loss=1.0),
+    ]
     assert summarise(runs) == [
         {"method": "flex", "metric": "rougeL", "mean": 43.0, "std": pytest.approx(13**0.5), "seeds": 3},
         {"method": "flex", "metric": "eval_loss", "mean": 1.0, "std": 0.0, "seeds": 3},
-        {"method": "fedavg", "metric": "rougeL", "mean": 39.0, "std": 0.0, "seeds": 1}]
+        {"method": "fedavg", "metric": "rougeL", "mean": 39.0, "std": 0.0, "seeds": 1},
+    ]
 
 
 def test_a_diverged_seed_does_not_flatter_the_mean():
