@@ -1,13 +1,13 @@
-"""Our round against that of a PyTorch + peft program on the same shape and machine, run in turn.
+r"""Compares our round with that of a PyTorch + peft program (the peer) on the same shape and machine.
 
-    python benchmarks/against_torch.py --peer PEER --python PEER_PYTHON --shape small \\
+    python benchmarks/against_torch.py --peer PEER --python PEER_PYTHON --shape small \
         --clients 4 --batch 4 --sequence 128 --steps 2
 
---peer: a folder whose bench.py prints a JSON line with `tokens_per_s` and `round_s_median`, and whose fedmoe.py knows
-the shape by name; --python: an interpreter with what it needs. Both programs have random weights in float32 (bfloat16
-with --device cuda), LoRA of rank 32 and dropout 0.05, for FLEx a slot trained in full. Each is run --repeats times,
-ours and the peer's in turn, the peer with each of --experts. One JSON line each, then the ratio of our median to that
-of the peer's best setting.
+--peer is a folder whose bench.py prints a JSON line with `tokens_per_s` and `round_s_median`, and whose fedmoe.py
+defines the shape by name. --python is an interpreter with the packages of the peer. Both programs use random weights in
+float32 (bfloat16 with --device cuda), LoRA of rank 32 with dropout 0.05, and for FLEx a fully trained slot. The two
+programs alternate, each runs --repeats times, and the peer runs with each of --experts. It prints one JSON line for
+each run, and then the ratio of our median to the median of the peer's best setting.
 """
 
 import argparse
@@ -25,7 +25,7 @@ WRITE_SHAPE = "import sys; from fedmoe import qwen2moe_config as shape; shape(sy
 
 
 def last_line(command: list, folder: Path | None = None) -> dict:
-    """The JSON object that a program ends with."""
+    """Runs a program and returns the JSON object in its last line."""
     done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stderr[-2000:]}")
@@ -33,9 +33,10 @@ def last_line(command: list, folder: Path | None = None) -> dict:
 
 
 def main() -> None:
+    """Runs both programs and prints the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, required=True)
-    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--peer", type=Path, required=True, help="the folder of the PyTorch program")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that runs it")
     parser.add_argument("--shape", default="small")
     parser.add_argument("--method", default="flex")
     for name, default in (("clients", 4), ("batch", 4), ("sequence", 128), ("steps", 2), ("rounds", 5), ("repeats", 3)):
@@ -51,7 +52,7 @@ def main() -> None:
             "batch_size": options.batch,
             "sequence_length": options.sequence,
             "local_steps": options.steps,
-            "model.remat": options.device == "cuda",  # where all products of a real shape would not fit
+            "model.remat": options.device == "cuda",  # without it the products of a real shape would not fit
         } | ({"model.dtype": "bfloat16"} if options.device == "cuda" else {})
         ours = [sys.executable, HERE / "round.py", Path(folder) / "config.json", "--method", options.method]
         ours += ["--rounds", options.rounds, *(f"--config.{key}={value}" for key, value in values.items())]

@@ -1,10 +1,11 @@
-"""One client of seven sends noise of norm 100 in the place of its update: what each aggregation makes of it.
+"""Measures how each aggregation copes with an attack: one client of seven sends noise of norm 100 as its update.
 
     python benchmarks/byzantine.py
 
-FedAvg on the embedded model and tasks, seven clients with iid data, one of them `byzantine` (the method below, also an
-example of a method in a file of one's own). One JSON line for each aggregation: ROUGE-L and loss on held-out examples,
-the mean over the honest clients, with the attack and without. Further arguments (--config.KEY=VALUE) change the config.
+Trains FedAvg on the embedded model and tasks with seven clients and iid data. The attack is the method `byzantine`
+below, which is also an example of a method in a separate file. Prints one JSON line for each aggregation: ROUGE-L and
+loss on held-out examples, as means over the honest clients, with and without the attack. Further arguments
+(--config.KEY=VALUE) change the config.
 """
 
 import argparse
@@ -21,45 +22,47 @@ import optax
 
 from flex_jax.config import name_methods
 from flex_jax.experiment import run
-from flex_jax.federated.method import ClientRule, Outcome, Received, finish
+from flex_jax.federated.method import ClientContext, ClientResult, ClientRule, Method, Trained, Upload, make_result
 from flex_jax.main import load, override
 from flex_jax.methods import METHODS
 
 AGGREGATIONS = ("mean", "median", "trimmed_mean", "geometric_median", "krum", "multi_krum")
-NORM, BAD = 100.0, 3  # of the noise; number of the bad client
+NORM, ATTACKER = 100.0, 3  # the norm of the noise, and the id of the client that sends it
 
 
-def attack(received: Received, trained: dict) -> Outcome:
-    """FedAvg's update, and of client BAD noise of norm NORM, drawn anew in every round."""
-    honest = finish(received, trained)
-    key = jax.random.fold_in(jax.random.PRNGKey(0), received.round)
-    noise = optax.tree.random_like(key, honest.upload["delta"])
+def attack(context: ClientContext, trained: Trained) -> ClientResult:
+    """Returns FedAvg's result, but with noise as the upload of ATTACKER; the noise is new in every round."""
+    honest = make_result(context, trained)
+    key = jax.random.fold_in(jax.random.PRNGKey(0), context.round)
+    noise = optax.tree.random_like(key, honest.upload.delta)
     noise = optax.tree.scale(NORM / optax.tree.norm(noise), noise)
-    bad = received.client.kept["number"] == BAD
-    delta = jax.tree.map(lambda own, other: jnp.where(bad, other, own), honest.upload["delta"], noise)
-    return honest._replace(upload={"delta": delta})
+    attacks = context.state.extra["client_id"] == ATTACKER
+    delta = jax.tree.map(lambda update, noise: jnp.where(attacks, noise, update), honest.upload.delta, noise)
+    return honest._replace(upload=Upload(delta))
 
 
-byzantine = METHODS["fedavg"]._replace(
-    client=ClientRule(init=lambda shared, settings, client: {"number": jnp.int32(client)}, finish=attack)
-)
+def byzantine() -> Method:
+    """FedAvg with one client that attacks."""
+    client = ClientRule(init_extra=lambda shared, client_id: {"client_id": client_id}, make_result=attack)
+    return METHODS["fedavg"]()._replace(client=client)
 
 
 def scores(config, method: str, aggregation: str) -> dict:
-    """Means over the honest clients."""
+    """Returns the mean scores of the honest clients."""
     config = config.copy_and_resolve_references()
     config.method, config.server.aggregation = method, aggregation
     name_methods(config)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             clients = run(config, Path(folder))["runs"][0]["clients"]
-    honest = [client for client in clients if client["id"] != BAD]
+    honest = [client for client in clients if client["id"] != ATTACKER]
     return {
         metric: round(float(np.mean([client[metric] for client in honest])), 2) for metric in ("rougeL", "eval_loss")
     }
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
+    """Runs every aggregation with and without the attack, and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.py")
     known, changes = parser.parse_known_args(arguments)

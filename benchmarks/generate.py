@@ -1,17 +1,18 @@
-"""Greedy generation of many clients in one batch against one client after another: tokens a second, random weights.
+"""Measures greedy generation, for many clients in one batch and for one client at a time, with random weights.
 
     python benchmarks/generate.py benchmarks/shapes/small.json --clients 16 --plot generate.png
     python benchmarks/generate.py benchmarks/shapes/small.json --peer PEER --python PEER_PYTHON --shape small
 
-Every client of FLEx has its own slots and answers its own random prompts: --prompts of them, of --prompt-length tokens,
-with --new-tokens each, none stopping early. The same compiled function answers all clients at once (`together`) and
-each by itself (`in_turn`); `ratio` is the first over the second. The setting is that of --config and of further
-arguments (--config.KEY=VALUE: model.dtype, model.quantisation, lora.*, slot.*).
+Every client of FLEx has different slots and answers different random prompts: --prompts prompts of --prompt-length
+tokens, with --new-tokens new tokens each; no answer stops early. The same function answers all clients at once
+(`together`) and one client at a time (`in_turn`), in tokens per second. `ratio` is the first over the second. The
+setting comes from --config and further arguments (--config.KEY=VALUE: model.dtype, model.quantisation, lora.*, slot.*).
 
-With --peer, a folder whose fedmoe.py knows the shape as --shape, also a PyTorch + peft program, run by --python in that
-folder on --device (on cuda both programs are in bfloat16): client after client its tensors are copied into the model
-and `generate` answers its prompts in one batch, by either way of computing experts. `ratio_to_peer` is `together` over
-the better. Prints one JSON line; with --plot, draws the tokens a second.
+With --peer, it also measures a PyTorch + peft program. --peer is a folder whose fedmoe.py defines the shape under the
+name --shape; --python runs it in that folder on --device (on cuda both programs use bfloat16). The peer copies the
+tensors of one client at a time into the model, and its `generate` answers the client's prompts in one batch. It runs
+with each of its implementations of experts; `ratio_to_peer` is `together` over the faster one. Prints one JSON line;
+with --plot, draws the tokens per second.
 """
 
 import argparse
@@ -25,12 +26,13 @@ import numpy as np
 from measure import device, draw_bars, emit, seconds
 from round import random_backbone, read_setting
 
+from flex_jax.building import ResolvedMethod, prepare_method, start_without_grafting
 from flex_jax.evaluation.generation import generate
+from flex_jax.federated.client import ClientModels
 from flex_jax.models.checkpoint import read_model_config
-from flex_jax.simulation import any_run
 
-NEVER = -1  # a token that no model gives
-PEER_EXPERTS = {"cpu": ["batched_mm", "eager"], "cuda": ["grouped_mm", "eager"]}  # grouped_mm crawls on CPU
+NEVER = -1  # an end-of-sequence token that no model generates
+PEER_EXPERTS = {"cpu": ["batched_mm", "eager"], "cuda": ["grouped_mm", "eager"]}  # grouped_mm is very slow on CPU
 
 PEER = """
 import contextlib, json, statistics, sys, time
@@ -43,7 +45,7 @@ torch.manual_seed(0)
 shape = qwen2moe_config(asked["shape"])
 model = build_model(shape, device=device, dtype=getattr(torch, dtype), experts=asked["experts"])
 chosen = [[0] * len(moe_blocks(model))] * asked["clients"]
-# Nothing is trained: adapters in the model's own dtype need no autocast.
+# Nothing is trained, so the adapters can have the dtype of the model, and no autocast is needed.
 model = add_lora(add_side_experts(model), r=asked["rank"], alpha=asked["alpha"], dropout=0.0, adapter_fp32=False).eval()
 clients = Simulation(model, "flex", [1] * asked["clients"], Hyper(), contextlib.nullcontext, chosen=chosen)
 prompts = torch.randint(0, shape.vocab_size, (asked["clients"], rows, length), device=device)
@@ -55,7 +57,7 @@ def answer_all():
         clients.enter(client)
         answers = model.generate(input_ids=prompts[client], attention_mask=torch.ones_like(prompts[client]), **kinds)
         assert answers.shape == (rows, length + new)
-    answers.cpu()  # waits for it
+    answers.cpu()  # waits for the result
     return time.perf_counter() - started
 
 answer_all()
@@ -65,21 +67,23 @@ print(json.dumps({"tokens_per_s": asked["clients"] * rows * new / taken, "sizes"
 """
 
 
-def time_ours(config, known: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second, all clients together and one after another."""
-    backbone = random_backbone(config, known.model)
-    recipe, (frozen, state, fresh) = any_run(config, backbone, jax.random.PRNGKey(0))
-    clients = fresh(np.arange(known.clients))
+def time_ours(resolved: ResolvedMethod, known: argparse.Namespace) -> dict[str, float]:
+    """Returns the tokens per second for all clients together and for one client at a time."""
+    backbone = random_backbone(resolved.config, known.model)
+    spec = prepare_method(resolved, backbone).spec
+    frozen, state, init_clients = start_without_grafting(resolved.config, spec, backbone, jax.random.PRNGKey(0))
+    client_states = init_clients(np.arange(known.clients))
     grid = known.clients, known.prompts, known.prompt_length
     prompts = np.random.default_rng(0).integers(0, backbone.model.config.vocab_size, grid).astype(np.int32)
     lengths = np.full(grid[:2], known.prompt_length, np.int32)
-    everything = jax.device_put((clients, prompts, lengths))
+    everything = jax.device_put((client_states, prompts, lengths))
     each = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], everything) for i in range(known.clients)]
+    settings = {"max_new_tokens": known.new_tokens, "end": NEVER}
 
     def answer(groups):
         return [
-            generate(recipe, frozen, state.server, *group, max_new_tokens=known.new_tokens, end=NEVER)
-            for group in groups
+            generate(ClientModels(spec, frozen, state.server, clients), *inputs, **settings)
+            for clients, *inputs in groups
         ]
 
     groups = {"together": [everything], "in_turn": each}
@@ -88,7 +92,7 @@ def time_ours(config, known: argparse.Namespace) -> dict[str, float]:
 
 
 def time_peer(config, known: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second of the peer, by its way of computing experts."""
+    """Returns the tokens per second of the peer for each of its implementations of experts."""
     names = "shape", "device", "clients", "prompts", "prompt_length", "new_tokens", "repeats"
     asked = {name: getattr(known, name) for name in names}
     asked |= {"dtype": config.model.dtype, "rank": config.lora.rank, "alpha": config.lora.alpha}
@@ -99,7 +103,7 @@ def time_peer(config, known: argparse.Namespace) -> dict[str, float]:
         if done.returncode:
             raise SystemExit(f"the peer: exit status {done.returncode}\n{done.stderr[-2000:]}")
         line = json.loads(done.stdout.strip().splitlines()[-1])
-        sizes = [shape.vocab_size, shape.width, shape.layers, shape.experts, shape.expert_width]
+        sizes = [shape.vocab_size, shape.hidden_size, shape.num_layers, shape.num_experts, shape.moe_intermediate_size]
         if line["sizes"] != sizes:
             raise SystemExit(f"--shape {known.shape} has other sizes than {known.model}: {line['sizes']}, {sizes}")
         speeds[experts] = round(line["tokens_per_s"], 1)
@@ -107,27 +111,29 @@ def time_peer(config, known: argparse.Namespace) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> dict:
+    """Measures generation and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = Path(__file__).parent / "shapes"
     parser.add_argument("model", type=Path, nargs="?", default=shapes / "small.json", help="a config.json")
     parser.add_argument("--config", default="configs/dolly_pathological.py")
     for name, default in (("clients", 16), ("prompts", 1), ("prompt-length", 128), ("new-tokens", 64), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--peer", type=Path)
-    parser.add_argument("--python", default=sys.executable, help="the peer's")
+    parser.add_argument("--peer", type=Path, help="the folder of the PyTorch program")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter of the peer")
     parser.add_argument("--shape", default="small", help="the peer's name of the shape")
-    parser.add_argument("--device", default="cpu", choices=list(PEER_EXPERTS), help="the peer's")
+    parser.add_argument("--device", default="cpu", choices=list(PEER_EXPERTS), help="the device of the peer")
     parser.add_argument("--plot", type=Path)
     parser.set_defaults(method="flex")
     known, changes = parser.parse_known_args(arguments)
     dtype = ["--config.model.dtype=bfloat16"] if known.device == "cuda" else []
-    config = read_setting(known, [f"--config.clients={known.clients}", *dtype, *changes])
+    resolved = read_setting(known, [f"--config.clients={known.clients}", *dtype, *changes])
+    config = resolved.config
     result = {"model": known.model.stem, "dtype": config.model.dtype, "quantisation": config.model.quantisation}
     result["clients x prompts x (prompt + new)"] = (
         f"{known.clients} x {known.prompts} x ({known.prompt_length} + {known.new_tokens})"
     )
-    peer = time_peer(config, known) if known.peer else {}  # first: JAX takes the memory of a GPU and keeps it
-    ours = time_ours(config, known)
+    peer = time_peer(config, known) if known.peer else {}  # first, because JAX allocates the memory of a GPU for good
+    ours = time_ours(resolved, known)
     result |= {f"{name}_tokens_per_s": speed for name, speed in ours.items()}
     result["ratio"] = round(ours["together"] / ours["in_turn"], 2)
     if peer:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that is measured on one GPU, in under 9 minutes: the shape of Qwen1.5-MoE-A2.7B, random weights, bfloat16.
+# Runs all GPU measurements on one GPU in under 9 minutes: the shape of Qwen1.5-MoE-A2.7B, random weights, bfloat16.
 #   benchmarks/h200.sh OUT [PEER PYTHON]
-# OUT: a folder for a JSON line and a log of each measurement. PEER, PYTHON: as in against_torch.py; without them the
-# PyTorch peer is left out. A measurement that fails or takes too long is told and does not stop the others.
+# OUT: a folder for the JSON line and the log of each measurement. PEER, PYTHON: as in against_torch.py; without them,
+# the PyTorch peer is skipped. If a measurement fails or takes too long, this is printed, and the others still run.
 set -uo pipefail
 out=$(realpath -m "$1"); peer=${2:+$(realpath "$2")}; python=${3:-}
 cd "$(dirname "$0")/.."

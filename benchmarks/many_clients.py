@@ -1,11 +1,12 @@
-"""Rounds of a cohort of 20 out of more and more clients: seconds a round and memory should not depend on their number.
+"""Measures rounds with a cohort of 20 for several numbers of clients: time and memory should not depend on them.
 
     python benchmarks/many_clients.py --clients 40 1000 --rounds 50 --plot many_clients.png
 
-FLEx on the embedded model, slots trained in full; every client draws its examples from the embedded tasks (Dirichlet).
-For each number of clients, in a process of its own: the seconds of a round (all of it: rows read from disk, the round,
-rows written), median; resident memory after round 10 and after the last; bytes of the clients' files. One JSON line
-each, then one with the ratios of the last to the first. Further arguments (--config.KEY=VALUE) change the config.
+Trains FLEx on the embedded model with fully trained slots. Every client draws its examples from the embedded tasks
+(Dirichlet). Each number of clients runs in a separate process and gives one JSON line: the median seconds of a round,
+including reading and writing client states; resident memory after round 10 and after the last round; and the bytes of
+the clients' files. The last JSON line has the ratios of the last to the first number. Further arguments
+(--config.KEY=VALUE) change the config.
 """
 
 import argparse
@@ -21,24 +22,24 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flex_jax.config import for_method
+from flex_jax.building import build_backbone, build_federation, prepare_method, resolve_method, start_run
 from flex_jax.data.sources import load_records
-from flex_jax.experiment import build_federation
 from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.main import load, override
-from flex_jax.reporting.writers import MetricsWriter
-from flex_jax.simulation import load_backbone, prepare, train
+from flex_jax.metrics_log import MetricsLog
+from flex_jax.training import Run, train
 
 METHOD = "flex"
 
 
 def resident_bytes() -> int:
+    """Returns the anonymous resident memory of this process."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(fields["RssAnon"].split()[0])
 
 
-class Watched(MetricsWriter):
-    """A metrics writer that notes time and memory whenever a round ends."""
+class WatchedLog(MetricsLog):
+    """A metrics log that records time and memory whenever a round ends."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -49,23 +50,23 @@ class Watched(MetricsWriter):
         self.seen.append((time.perf_counter(), resident_bytes()))
 
 
-def measure(config, clients: int, folder: Path) -> dict:
-    """The rounds of a run, without evaluation."""
-    config.clients, config.cohort = clients, 20
-    config = for_method(config, METHOD)
-    backbone = load_backbone(config)
-    federation = build_federation(config, backbone, load_records("tiny", split="train", fields="auto"), seed=0)
-    layers, experts = backbone.model.config.moe_layers, backbone.model.config.experts
-    chosen = np.random.default_rng(0).integers(0, experts, (clients, layers, 1)).astype(np.int32)
-    run = prepare(config, backbone, chosen, jax.random.PRNGKey(0))
-    metrics = Watched(folder / "metrics.jsonl")
-    with Checkpoints(folder / "run", run.start.clients, clients) as checkpoints:
-        train(config, run, federation, (METHOD, 0), metrics, checkpoints, {})
+def measure(config, num_clients: int, folder: Path) -> dict:
+    """Returns time and memory of the rounds of a run, without evaluation."""
+    config.clients, config.cohort = num_clients, 20
+    backbone = build_backbone(config)
+    prepared = prepare_method(resolve_method(config, METHOD), backbone)
+    federation = build_federation(prepared.config, backbone, load_records("tiny"), seed=0)
+    shape = num_clients, backbone.model.config.num_moe_layers, 1
+    expert_index = np.random.default_rng(0).integers(0, backbone.model.config.num_experts, shape).astype(np.int32)
+    start = start_run(prepared.config, prepared.spec, backbone, expert_index, jax.random.PRNGKey(0))
+    metrics = WatchedLog(folder / "metrics.jsonl")
+    with Checkpoints(folder / "run", start.init_clients, num_clients) as checkpoints:
+        train(Run(prepared, backbone, federation, 0, start), metrics, checkpoints)
         ended = time.perf_counter()
     times, memory = zip(*metrics.seen, strict=True)
     files = sum(file.stat().st_size for file in (folder / "run/clients").iterdir())
     return {
-        "clients": clients,
+        "clients": num_clients,
         "rounds": config.rounds,
         "round_s": round(float(np.median(np.diff(times))), 4),
         "memory_after_10_mb": round(memory[min(9, len(memory) - 1)] / 1e6, 1),
@@ -76,11 +77,12 @@ def measure(config, clients: int, folder: Path) -> dict:
 
 
 def draw(path: Path, lines: list[dict]) -> None:
+    """Draws time and memory over the number of clients."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, key, label in zip(
-        figure.subplots(1, 2), ("round_s", "memory_at_end_mb"), ("seconds a round", "MB"), strict=True
+        figure.subplots(1, 2), ("round_s", "memory_at_end_mb"), ("seconds per round", "MB"), strict=True
     ):
         axes.plot([line["clients"] for line in lines], [line[key] for line in lines], "o-")
         axes.set(xlabel="clients", ylabel=label, xscale="log", ylim=(0, 1.2 * max(line[key] for line in lines)))
@@ -88,6 +90,7 @@ def draw(path: Path, lines: list[dict]) -> None:
 
 
 def main() -> None:
+    """Measures every number of clients and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[40, 1000])
     parser.add_argument("--rounds", type=int, default=50)
@@ -103,8 +106,8 @@ def main() -> None:
                 print(json.dumps(measure(config, known.clients[0], Path(folder))))
         return
     lines = []
-    for clients in known.clients:
-        command = [sys.executable, __file__, "--clients", str(clients), "--rounds", str(known.rounds), *changes]
+    for num_clients in known.clients:
+        command = [sys.executable, __file__, "--clients", str(num_clients), "--rounds", str(known.rounds), *changes]
         lines.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         print(json.dumps(lines[-1]), flush=True)
     first, last = lines[0], lines[-1]

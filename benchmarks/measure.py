@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: timing, the JSON line, the picture, random weights, arithmetic of a round."""
+"""Helpers of the benchmarks: timing, JSON lines, pictures, random weights, and the arithmetic of a round."""
 
 import json
 import resource
@@ -11,11 +11,12 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 
-from flex_jax.models.config import AdapterConfig, ModelConfig
+from flex_jax.models.adapters import AdapterConfig
+from flex_jax.models.config import ModelConfig
 
 
 def seconds(function: Callable, *arguments, repeats: int = 10) -> float:
-    """Median seconds of a call whose result is waited for, after one that compiles."""
+    """Returns the median seconds of a call and its result, after a first call that compiles."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(repeats):
@@ -26,23 +27,24 @@ def seconds(function: Callable, *arguments, repeats: int = 10) -> float:
 
 
 def device() -> str:
+    """Returns the name of the device and its backend."""
     return f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
 
 
 def emit(result: dict) -> dict:
-    """Prints the result as one JSON line."""
+    """Prints the result as one JSON line and returns it."""
     print(json.dumps(result), flush=True)
     return result
 
 
 def peak_bytes() -> int:
-    """The most memory used so far: what the device reports, or on CPU the largest resident memory of the process."""
+    """Returns the peak memory so far: as the device reports it, or on CPU the peak resident memory of the process."""
     reported = jax.devices()[0].memory_stats()
     return reported["peak_bytes_in_use"] if reported else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def matmul_rate(dtype: str) -> float:
-    """Floating-point operations a second of a large square matmul, accumulated in float32: what the device can do."""
+    """Returns the floating-point operations per second of a large square matmul, accumulated in float32."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     keys = jax.random.split(jax.random.PRNGKey(0))
     a, b = (jax.random.normal(key, (size, size), jnp.dtype(dtype)) for key in keys)
@@ -51,7 +53,7 @@ def matmul_rate(dtype: str) -> float:
 
 
 def random_params(shapes: dict) -> dict:
-    """Weights that look random, made without temporaries larger than themselves."""
+    """Returns arrays of pseudo-random values for these shapes; no temporary array is larger than its result."""
 
     @partial(jax.jit, static_argnums=(0, 1))
     def leaf(shape, dtype):
@@ -63,35 +65,44 @@ def random_params(shapes: dict) -> dict:
             return (places >> 13).astype(dtype)
         return (((places >> 13).astype(jnp.uint8).astype(jnp.float32) - 127.5) / 3200.0).astype(dtype)
 
-    return jax.tree.map(lambda held: leaf(held.shape, held.dtype), shapes)
+    return jax.tree.map(lambda shape: leaf(shape.shape, shape.dtype), shapes)
 
 
 def multiply_adds(
     config: ModelConfig, adapters: AdapterConfig, sequence: int, response: float = 0.5
 ) -> dict[str, float]:
-    """Multiply-adds a token that a training step cannot do without, for FLEx with a slot trained in full.
+    """Returns the multiply-adds per token that a training step needs at least, for FLEx with a fully trained slot.
 
-    "forward": through the layers, head at the `response` share of positions alone. "backward": to the activations,
-    with weight gradients of LoRA and slot only. "remat": the forward pass of the layers that rematerialisation repeats.
-    Causal attention counts the half of the scores that is seen. For grouped-query attention.
+    It assumes grouped-query attention. Causal attention counts half of the scores, because the other half is masked.
+
+    Args:
+        config: the shape of the model.
+        adapters: the adapters that are trained.
+        sequence: S, tokens of a sequence.
+        response: the share of positions with a target; only these need the head.
+
+    Returns:
+        "forward": the layers, and the head at target positions. "backward": gradients of activations, and weight
+        gradients of LoRA and slot only. "remat": the forward pass of the layers, which rematerialisation repeats.
     """
     c, rank = config, adapters.lora.rank
-    attended = c.heads * c.head_dim
-    keys = c.kv_heads * c.head_dim
-    frozen = c.width * (2 * attended + 2 * keys)
-    frozen += 3 * c.width * (c.experts_per_token * c.expert_width + c.shared_expert_width) + c.width * c.experts
-    scores = sequence * attended  # queries by keys and shares by values, half of each
-    trained = rank * (3 * c.width + attended + 2 * keys) + 3 * c.width * c.expert_width * adapters.slot.experts
-    layer, head = frozen + scores + trained, response * c.vocab_size * c.width
+    attended = c.num_heads * c.head_dim
+    keys = c.num_kv_heads * c.head_dim
+    active = c.num_experts_per_tok * c.moe_intermediate_size + c.shared_expert_intermediate_size
+    frozen = c.hidden_size * (2 * attended + 2 * keys + 3 * active + c.num_experts)
+    scores = sequence * attended  # queries times keys and weights times values, half of each
+    slot = 3 * c.hidden_size * c.moe_intermediate_size * adapters.slot.num_experts
+    trained = rank * (3 * c.hidden_size + attended + 2 * keys) + slot
+    layer, head = frozen + scores + trained, response * c.vocab_size * c.hidden_size
     return {
-        "forward": c.layers * layer + head,
-        "backward": c.layers * (frozen + 2 * scores + 2 * trained) + head,
-        "remat": c.layers * layer,
+        "forward": c.num_layers * layer + head,
+        "backward": c.num_layers * (frozen + 2 * scores + 2 * trained) + head,
+        "remat": c.num_layers * layer,
     }
 
 
 def draw_bars(path: Path, title: str, unit: str, values: dict[str, float]) -> None:
-    """A bar for each name."""
+    """Draws a bar for each name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.8 + 0.4 * len(values)), layout="constrained")

@@ -1,16 +1,16 @@
-"""The frozen operators against their floors: milliseconds, GFLOP/s and share of the device's matmul rate.
+"""Measures the frozen operators: milliseconds, GFLOP/s, and the share of the device's matmul rate that they reach.
 
     python benchmarks/operators.py benchmarks/shapes/small.json --tokens 2048 --plot operators.png
 
-For the shape in a config.json, in --dtype, on --tokens tokens in sequences of --sequence-length: the experts that
-tokens are routed to, attention, and the loss with the head. Each is timed forward, and forward with the gradient of all
-that depends on the tokens. What the package calls on this device is marked "in use"; beside it the same operator by
-other means: the experts by `lax.ragged_dot`, by `tokamax.ragged_dot` where tokamax is installed, and all experts on all
-tokens where memory allows; on GPU the attention of `jax.nn.dot_product_attention` by XLA and by cuDNN.
+The operators are the routed experts, attention, and the loss with the head, for the shape in a config.json, in --dtype,
+on --tokens tokens in sequences of --sequence-length. Each is timed forward, and forward with the gradient of everything
+that depends on the tokens. What the package uses on this device is marked "in use". It is compared with other
+implementations: experts with `lax.ragged_dot`, with `tokamax.ragged_dot` if tokamax is installed, and all experts on
+all tokens if memory allows; and on GPU `jax.nn.dot_product_attention` with XLA and with cuDNN.
 
-`share` is floor over time, the floor being the floating-point operations that the operator cannot do without (of
-causal attention the half that is seen; of the gradient no weight's and nothing computed twice) at the matmul rate
-measured just before. Prints one JSON line; with --plot, draws the shares.
+`share` is the least possible time over the measured time. The least possible time is that of the necessary
+floating-point operations at the matmul rate, which is measured just before. Causal attention counts half of the scores;
+the gradient counts no weight gradients and no recomputation. Prints one JSON line; with --plot, draws the shares.
 """
 
 import argparse
@@ -34,54 +34,58 @@ from flex_jax.ops.cross_entropy import token_cross_entropy
 from flex_jax.ops.experts import ExpertWeights, dense_experts, frozen_experts
 
 PASSES = "forward", "gradient"
-SMALL_BYTES = 2e9  # of all experts' hidden layers and outputs on all tokens, above which these are left out
+DENSE_LIMIT = 2e9  # bytes of all experts' hidden layers and outputs on all tokens; above it, they are not measured
 
 
 class Operator(NamedTuple):
+    """An operator with its arguments and the multiply-adds that it needs at least."""
+
     function: Callable
-    active: tuple[jax.Array, ...]  # arguments that depend on the tokens: those with a gradient
+    active: tuple[jax.Array, ...]  # arguments that depend on the tokens; these get gradients
     fixed: tuple  # the arguments after them
-    forward: float  # multiply-adds that cannot be done without
+    forward: float  # multiply-adds
     backward: float
-    context: Callable = nullcontext  # in which it is traced
+    context: Callable = nullcontext  # the context in which it is traced
 
 
 def arrays(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    """Returns pseudo-random arrays of these shapes."""
     return random_params([jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes])
 
 
 def grouped_by(matmul: Callable):
-    """Within it `frozen_experts` computes its groups with this matmul, on any device."""
+    """Returns a context in which `frozen_experts` uses this grouped matmul, on any device."""
 
-    def map_groups(function, rows, stacks, layer, sizes):
-        return function(partial(matmul, layer=layer, sizes=sizes), *rows, *stacks)
+    def grouped_apply(function, tokens, stacks, layer, group_sizes):
+        return function(partial(matmul, layer=layer, group_sizes=group_sizes), *tokens, *stacks)
 
-    return mock.patch("flex_jax.ops.experts.map_groups", map_groups)
+    return mock.patch("flex_jax.ops.experts.grouped_apply", grouped_apply)
 
 
 def by_ragged_dot(ragged_dot: Callable) -> Callable:
-    """`grouped_matmul` by an operator of a library, with the arguments of `lax.ragged_dot`."""
+    """Returns a `grouped_matmul` that calls an operator with the arguments of `lax.ragged_dot`."""
 
-    def matmul(rows, stack, transposed=False, *, layer, sizes):
+    def matmul(tokens, stack, transposed=False, *, layer, group_sizes):
         matrices = jnp.swapaxes(stack[layer], 1, 2) if transposed else stack[layer]
-        return ragged_dot(rows, matrices, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
+        return ragged_dot(tokens, matrices, group_sizes, preferred_element_type=jnp.float32).astype(tokens.dtype)
 
     return matmul
 
 
 def expert_operators(c: ModelConfig, tokens: int, dtype: str) -> dict[str, Operator]:
-    shapes = (tokens, c.width), (c.experts, c.width, 2 * c.expert_width), (c.experts, c.expert_width, c.width)
-    x, *weights = arrays(dtype, *shapes)
-    scores = jax.random.normal(jax.random.PRNGKey(0), (tokens, c.experts))
-    weight, index = jax.lax.top_k(jax.nn.softmax(scores), c.experts_per_token)
-    needed = 3.0 * tokens * c.experts_per_token * c.width * c.expert_width
-    fixed = (ExpertWeights(*(matrices[None] for matrices in weights)), index)
+    """Returns the routed experts in several implementations."""
+    width, size = c.hidden_size, c.moe_intermediate_size
+    x, *weights = arrays(dtype, (tokens, width), (c.num_experts, width, 2 * size), (c.num_experts, size, width))
+    scores = jax.random.normal(jax.random.PRNGKey(0), (tokens, c.num_experts))
+    routing_weight, expert_index = jax.lax.top_k(jax.nn.softmax(scores), c.num_experts_per_tok)
+    needed = 3.0 * tokens * c.num_experts_per_tok * width * size
+    fixed = (ExpertWeights(*(matrices[None] for matrices in weights)), expert_index)
 
     def operator(experts=frozen_experts, context=nullcontext):
-        def function(x, weight, weights, index):
-            return experts(x, weights, index, weight)
+        def function(x, routing_weight, weights, expert_index):
+            return experts(x, weights, expert_index, routing_weight)
 
-        return Operator(function, (x, weight), fixed, needed, needed, context)
+        return Operator(function, (x, routing_weight), fixed, needed, needed, context)
 
     operators = {"experts (in use)": operator()}
     libraries = {"lax": jax.lax}
@@ -90,15 +94,16 @@ def expert_operators(c: ModelConfig, tokens: int, dtype: str) -> dict[str, Opera
     for name, library in libraries.items():
         context = partial(grouped_by, by_ragged_dot(library.ragged_dot))
         operators[f"experts: {name}.ragged_dot"] = operator(context=context)
-    if tokens * c.experts * (2 * c.expert_width + c.width) * x.dtype.itemsize <= SMALL_BYTES:
+    if tokens * c.num_experts * (2 * size + width) * x.dtype.itemsize <= DENSE_LIMIT:
         operators["experts: all on all"] = operator(dense_experts)
     return operators
 
 
 def attention_operators(c: ModelConfig, tokens: int, sequence: int, dtype: str) -> dict[str, Operator]:
-    rows = tokens // sequence, sequence
+    """Returns attention in several implementations."""
+    grid, heads, kv_heads = (tokens // sequence, sequence), c.num_heads, c.num_kv_heads
     query, key, value = arrays(
-        dtype, (*rows, c.heads, c.key_dim), (*rows, c.kv_heads, c.key_dim), (*rows, c.kv_heads, c.value_dim)
+        dtype, (*grid, heads, c.key_dim), (*grid, kv_heads, c.key_dim), (*grid, kv_heads, c.value_dim)
     )
     scale = c.key_dim**-0.5
     functions = {"attention (in use)": lambda *arrays: attention(*arrays, None, scale)}
@@ -108,22 +113,23 @@ def attention_operators(c: ModelConfig, tokens: int, sequence: int, dtype: str) 
             functions[f"attention: {name}"] = partial(
                 jax.nn.dot_product_attention, scale=scale, is_causal=True, implementation=name
             )
-    needed = tokens * sequence * c.heads * (c.key_dim + c.value_dim) / 2
+    needed = tokens * sequence * heads * (c.key_dim + c.value_dim) / 2
     return {
         name: Operator(function, (query, key, value), (), needed, 2 * needed) for name, function in functions.items()
     }
 
 
 def loss_operators(c: ModelConfig, tokens: int, dtype: str) -> dict[str, Operator]:
-    features, head = arrays(dtype, (tokens, c.width), (c.vocab_size, c.width))
+    """Returns the loss together with the head."""
+    features, head = arrays(dtype, (tokens, c.hidden_size), (c.vocab_size, c.hidden_size))
     targets = jax.random.randint(jax.random.PRNGKey(0), (tokens,), 0, c.vocab_size)
-    needed = 1.0 * tokens * c.width * c.vocab_size
+    needed = 1.0 * tokens * c.hidden_size * c.vocab_size
     fixed = head, targets, jnp.ones(tokens, bool)
     return {"cross-entropy (in use)": Operator(token_cross_entropy, (features,), fixed, needed, needed)}
 
 
 def time_operator(operator: Operator, dtype: str) -> dict:
-    """The matmul rate, and what each pass makes of it."""
+    """Returns the matmul rate, and time, rate and share of each pass."""
 
     def with_gradient(active, fixed):
         y, pull_back = jax.vjp(lambda *active: operator.function(*active, *fixed), *active)
@@ -133,43 +139,44 @@ def time_operator(operator: Operator, dtype: str) -> dict:
         return operator.function(*active, *fixed)
 
     rate = matmul_rate(dtype)
-    told = {"matmul_gflops": round(rate / 1e9, 1)}
+    result = {"matmul_gflops": round(rate / 1e9, 1)}
     needed = operator.forward, operator.forward + operator.backward
     for name, function, multiply_adds in zip(PASSES, (forward, with_gradient), needed, strict=True):
         with operator.context():
             taken = seconds(jax.jit(function), operator.active, operator.fixed)
         achieved = 2 * multiply_adds / taken
-        told[name] = {
+        result[name] = {
             "ms": round(1e3 * taken, 3),
             "gflops": round(achieved / 1e9, 1),
             "share": round(achieved / rate, 3),
         }
-    return told
+    return result
 
 
 def main(arguments: list[str] | None = None) -> dict:
+    """Measures all operators and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = Path(__file__).parent / "shapes"
     parser.add_argument("model", type=Path, nargs="?", default=shapes / "small.json", help="a config.json")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--sequence-length", type=int, default=512, help="must divide the tokens")
+    parser.add_argument("--sequence-length", type=int, default=512, help="must divide --tokens")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
     config, tokens, dtype = read_model_config(options.model), options.tokens, options.dtype
     if tokens % options.sequence_length:
         parser.error(f"--sequence-length {options.sequence_length} must divide --tokens {tokens}")
-    told = {}
+    measured = {}
     for operators in (
         partial(expert_operators, config, tokens, dtype),
         partial(attention_operators, config, tokens, options.sequence_length, dtype),
         partial(loss_operators, config, tokens, dtype),
-    ):  # one kind after another, so that only its arrays are held
-        told |= {name: time_operator(operator, dtype) for name, operator in operators().items()}
+    ):  # one kind at a time, so that only its arrays are in memory
+        measured |= {name: time_operator(operator, dtype) for name, operator in operators().items()}
     result = {"model": options.model.stem, "dtype": dtype, "tokens": tokens, "sequence_length": options.sequence_length}
-    result |= {"operators": told, "device": device()}
+    result |= {"operators": measured, "device": device()}
     if options.plot:
-        shares = {f"{name}, {kind}": row[kind]["share"] for name, row in told.items() for kind in PASSES}
+        shares = {f"{name}, {kind}": row[kind]["share"] for name, row in measured.items() for kind in PASSES}
         title = f"{options.model.stem}, {tokens:,} tokens in {dtype}: {device()}"
         draw_bars(options.plot, title, "share of the matmul rate", shares)
     return emit(result)

@@ -1,12 +1,13 @@
-"""What integers in the place of the frozen weights cost in quality, on the embedded model and tasks.
+"""Measures the loss of quality from quantised frozen weights, on the embedded model and tasks.
 
     python benchmarks/quantised.py --plot quantised.png
 
-Perplexity of the embedded model on 512 documents of its corpus that it was not trained on, and FLEx of
-configs/quickstart.py trained on each kind of backbone, under rematerialisation, over the config's seeds. One JSON line
-a kind: `perplexity_ratio` to float32; `loss_distance`, the largest difference between the mean training-loss curve and
-that of float32; `loss_noise`, the largest standard deviation of a round's loss over the seeds in float32; ROUGE-L, mean
-and standard deviation; bytes of the backbone. Further arguments (--config.KEY=VALUE) change the config.
+Measures the perplexity of the embedded model on 512 unseen documents of its corpus. Then it trains FLEx of
+configs/quickstart.py on each kind of backbone, with rematerialisation, for all seeds of the config. Prints one JSON
+line for each kind: `perplexity_ratio`, relative to float32; `loss_distance`, the largest difference between the mean
+training-loss curves of this kind and of float32; `loss_noise`, the largest standard deviation over seeds of a round's
+loss in float32; mean and standard deviation of ROUGE-L; and the bytes of the backbone. Further arguments
+(--config.KEY=VALUE) change the config.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import contextlib
 import itertools
 import json
 import os
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -27,21 +29,23 @@ from flex_jax import load_pretrained
 from flex_jax.experiment import run
 from flex_jax.federated.compression import tree_bytes
 from flex_jax.main import load, override
+from flex_jax.metrics_log import read_metrics
 from flex_jax.models.objective import response_loss
-from flex_jax.reporting.writers import read_metrics
 from flex_jax.tiny import CHECKPOINT
-from flex_jax.tiny.corpus import documents
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from tiny_corpus import documents
 
 KINDS = ("none", "int8", "int4")
 
 
 def perplexity(kind: str, texts: int, seed: int, length: int = 128) -> tuple[float, int]:
-    """(perplexity of the embedded model on `texts` unseen documents, bytes of its parameters)."""
+    """Returns the perplexity of the embedded model on `texts` unseen documents, and the bytes of its parameters."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     unseen = itertools.islice(documents(seed, office_words=True), texts)
-    rows = [tokenizer(text)["input_ids"][:length] for text in unseen]
-    tokens = np.array([ids + [0] * (length - len(ids)) for ids in rows], np.int32)
-    mask = np.array([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows], np.float32)
+    encoded = [tokenizer(text)["input_ids"][:length] for text in unseen]
+    tokens = np.array([ids + [0] * (length - len(ids)) for ids in encoded], np.int32)
+    mask = np.array([[1] * len(ids) + [0] * (length - len(ids)) for ids in encoded], np.float32)
     model, frozen = load_pretrained(CHECKPOINT, quantisation=None if kind == "none" else kind)
     loss = jax.jit(partial(response_loss, model))
     sums = [loss({"params": frozen}, tokens[i : i + 64], mask[i : i + 64]) for i in range(0, texts, 64)]
@@ -50,19 +54,19 @@ def perplexity(kind: str, texts: int, seed: int, length: int = 128) -> tuple[flo
 
 
 def train(config: ConfigDict, kind: str) -> tuple[np.ndarray, dict]:
-    """(training loss [seeds, rounds], the summary of ROUGE-L) of FLEx on that kind of backbone."""
+    """Returns the training loss [seeds, rounds] and the summary of ROUGE-L, for FLEx on this kind of backbone."""
     config = config.copy_and_resolve_references()
     config.methods, config.model.quantisation, config.model.remat = ("flex",), kind, True
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             results = run(config, Path(folder))
-        rows = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if row["client"] is None]
-    curves = [[row["train_loss"] for row in rows if row["seed"] == seed] for seed in config.seeds]
+        rounds = [line for line in read_metrics(Path(folder) / "metrics.jsonl") if line["client"] is None]
+    curves = [[line["train_loss"] for line in rounds if line["seed"] == seed] for seed in config.seeds]
     return np.array(curves), next(row for row in results["summary"] if row["metric"] == "rougeL")
 
 
 def draw(path: Path, curves: dict[str, np.ndarray]) -> None:
-    """Mean training loss of each kind, and the spread of float32 over its seeds."""
+    """Draws the mean training loss of each kind, and the standard deviation of float32 over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -70,9 +74,9 @@ def draw(path: Path, curves: dict[str, np.ndarray]) -> None:
     rounds = np.arange(1, curves["none"].shape[1] + 1)
     spread = curves["none"].std(0, ddof=1)
     axes.fill_between(rounds, curves["none"].mean(0) - spread, curves["none"].mean(0) + spread, alpha=0.25, lw=0)
-    for kind, label in zip(KINDS, ("float32 and its spread over seeds", "int8", "int4"), strict=True):
+    for kind, label in zip(KINDS, ("float32 and its deviation over seeds", "int8", "int4"), strict=True):
         axes.plot(rounds, curves[kind].mean(0), label=label)
-    axes.set(xlabel="round", ylabel="training loss (nats a response token)", title="FLEx on a quantised backbone")
+    axes.set(xlabel="round", ylabel="training loss (nats per response token)", title="FLEx on a quantised backbone")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -86,9 +90,9 @@ if __name__ == "__main__":
     override(config, changes)
     curves, reference = {}, perplexity("none", 512, 12345)[0]
     for kind in KINDS:
-        value, held = perplexity(kind, 512, 12345)
+        value, size = perplexity(kind, 512, 12345)
         curves[kind], rouge = train(config, kind)
-        line = {"quantisation": kind, "backbone_bytes": held, "perplexity": round(value, 4)}
+        line = {"quantisation": kind, "backbone_bytes": size, "perplexity": round(value, 4)}
         line["perplexity_ratio"] = round(value / reference, 4)
         line["loss_distance"] = round(float(np.abs(curves[kind].mean(0) - curves["none"].mean(0)).max()), 4)
         line["loss_noise"] = round(float(curves["none"].std(0, ddof=1).max()), 4)

@@ -1,12 +1,12 @@
-"""How a round scales with clients, sequence length and experts, at the same number of tokens.
+"""Measures how a round scales with clients, sequence length and experts, for a fixed number of tokens.
 
     python benchmarks/scaling.py benchmarks/shapes/small.json --tokens 2048 --plot scaling.png
 
-Three sweeps over benchmarks/round.py, each point in a process of its own: --clients, at the longest sequence of up to
-128 that all of them can have; --sequences, one client; --experts, 4 clients. Batch sizes are such that a step of all
-clients has --tokens tokens; a point that cannot have them is left out. Prints one JSON line: per sweep the tokens a
-second, gigabytes of the compiled round, and time relative to the first point. Further arguments (--config.KEY=VALUE) go
-to every point.
+Runs benchmarks/round.py for three sweeps, each point in a separate process: over --clients, with the longest sequence
+of up to 128 tokens that fits for all of them; over --sequences with one client; and over --experts with 4 clients. The
+batch size is such that a step of all clients has --tokens tokens; points without such a batch size are skipped. Prints
+one JSON line with, for each point, the tokens per second, the gigabytes of the compiled round, and the time relative to
+the first point. Further arguments (--config.KEY=VALUE) apply to all points.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROUND = Path(__file__).with_name("round.py")
 
 
 def point(shape: Path, tokens: int, changes: list[str], *, clients: int, sequence: int) -> dict | None:
-    """What round.py says of one setting; None where the tokens cannot be divided so."""
+    """Returns the JSON line of round.py for one setting, or None if no batch size gives this number of tokens."""
     batch, rest = divmod(tokens, clients * sequence)
     if rest or not batch:
         return None
@@ -36,7 +36,7 @@ def point(shape: Path, tokens: int, changes: list[str], *, clients: int, sequenc
 
 
 def sweep(measure, values: list[int]) -> dict:
-    """{value: speed, memory, time relative to the first} of every value that can be measured."""
+    """Returns speed, memory and time relative to the first point for every value that can be measured."""
     lines = {value: measure(value) for value in values}
     lines = {value: line for value, line in lines.items() if line}
     first = next(iter(lines.values()))["round_s"] if lines else None
@@ -51,6 +51,7 @@ def sweep(measure, values: list[int]) -> dict:
 
 
 def draw(path: Path, sweeps: dict[str, dict]) -> None:
+    """Draws the tokens per second of each sweep."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
@@ -63,6 +64,7 @@ def draw(path: Path, sweeps: dict[str, dict]) -> None:
 
 
 def main() -> None:
+    """Runs the sweeps and prints their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a config.json")
     parser.add_argument("--tokens", type=int, default=2048)

@@ -1,13 +1,13 @@
-"""How long it takes to begin: to import the package, to print its help, to finish the first round of the quickstart.
+"""Measures the start: importing the package, printing its help, and the first round of the quickstart.
 
     python benchmarks/startup.py --plot startup.png
 
-Every figure is of a fresh interpreter, in seconds from its start. `import_s` is of `import flex_jax` and
-`import_run_s` of all that a run needs (flex_jax.experiment), `help_s` of `python -m flex_jax.main --help`; medians of
-three. The first round is that of FLEx in configs/quickstart.py, until its line is in metrics.jsonl, when the program is
-ended: cold with an empty JAX_COMPILATION_CACHE_DIR, then warm in a new work directory with the cache that the first
-left. `compile_s` is what of it XLA takes to compile its `programs` or to read them from the cache. Prints one JSON
-line.
+Every figure is for a fresh interpreter, in seconds from its start. `import_s` is for `import flex_jax`, `import_run_s`
+for everything that a run imports (flex_jax.experiment), and `help_s` for `python -m flex_jax.main --help`; all are
+medians of three. The first round is that of FLEx in configs/quickstart.py. It ends when its line is in metrics.jsonl;
+then the program is killed. "cold" is with an empty JAX_COMPILATION_CACHE_DIR; "warm" is in a new work directory with
+the cache of the cold run. `compile_s` is the part of the time in which XLA compiles the `programs` or reads them from
+the cache. Prints one JSON line.
 """
 
 import argparse
@@ -30,7 +30,7 @@ QUICKSTART = ["-m", "flex_jax.main", "--config", "configs/quickstart.py", '--con
 
 
 def interpreter_seconds(*arguments: str) -> float:
-    """Median seconds of three fresh interpreters, after one that warms the file cache."""
+    """Returns the median seconds of three fresh interpreters, after one that warms the file cache."""
     taken = []
     for _ in range(4):
         started = time.perf_counter()
@@ -40,13 +40,13 @@ def interpreter_seconds(*arguments: str) -> float:
 
 
 def has_round(metrics: Path) -> bool:
-    """Whether the line of a round as a whole is there: it has no client."""
+    """Returns whether the file has the line of a whole round, which names no client."""
     lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
     return any(json.loads(line)["client"] is None for line in lines)
 
 
 def first_round(folder: Path, name: str) -> dict[str, float]:
-    """Seconds until the first round has ended, of which seconds in XLA, and programs compiled or read."""
+    """Returns the seconds until the first round ends, the seconds of XLA, and the number of programs."""
     workdir, log = folder / name, folder / f"{name}.log"
     command = [sys.executable, *QUICKSTART, "--config.seeds=(0,)", "--workdir", str(workdir)]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_LOG_COMPILES": "1"}
@@ -70,6 +70,7 @@ def first_round(folder: Path, name: str) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> dict:
+    """Measures everything and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
@@ -83,12 +84,12 @@ def main(arguments: list[str] | None = None) -> dict:
             result[name] = first_round(Path(folder), name)
     result["device"] = device()
     if options.plot:
-        values = {"import flex_jax": result["import_s"], "import all of it": result["import_run_s"]}
+        values = {"import flex_jax": result["import_s"], "import everything": result["import_run_s"]}
         values |= {"--help": result["help_s"]}
         for name in ("cold", "warm"):
             values |= {f"first round, {name}": result[name]["first_round_s"]}
-            values |= {f"of it XLA, {name}": result[name]["compile_s"]}
-        draw_bars(options.plot, f"Start of the quickstart: {result['device']}", "seconds", values)
+            values |= {f"XLA part, {name}": result[name]["compile_s"]}
+        draw_bars(options.plot, f"Start-up: {result['device']}", "seconds", values)
     return emit(result)
 
 

@@ -4,15 +4,15 @@
 
 The setting is that of configs/quickstart.py with 10 rounds. Methods with one LoRA a client get a rank at which the
 client trains no fewer parameters than with FLEx; methods with two adapters have that rank twice, which favours them.
-Every method has the best learning rate of the same grid, by ROUGE-L on a seed that is not reported here (the server's
-own rates of FedAdagrad, FedAdam and FedYogi, and all other numbers of methods, are not searched):
+Every method has the best learning rate of the same grid, by ROUGE-L on a seed that is not reported here. The
+hyperparameters of methods, such as the server rates of FedAdagrad, FedAdam and FedYogi, are not searched:
 
-    python benchmarks/learning_rates.py --config configs/compare.py --rates 2e-3 4e-3 8e-3 --seeds 103
+    python tools/learning_rates.py --config configs/compare.py --rates 2e-3 4e-3 8e-3 --seeds 103
 """
 
 from flex_jax.config import default_config
 
-# Learning rates, the best of the grid; that of all others is 4e-3. benchmarks/README.md has the whole grid.
+# The best learning rates of the grid; all other methods have 4e-3. benchmarks/README.md has the whole grid.
 RATES = dict.fromkeys(("fedavgm", "fedadagrad"), 2e-3) | dict.fromkeys(
     ("flex", "flex_router", "flex_no_gate", "flex_closed", "flex_3_experts", "fedamole", "fedavg", "fedit", "scaffold",
      "fedadam", "fedyogi", "flora", "hetlora", "fedala", "fedrep", "feddpa"), 8e-3
@@ -22,15 +22,13 @@ RATES = dict.fromkeys(("fedavgm", "fedadagrad"), 2e-3) | dict.fromkeys(
 ABLATIONS = {
     "flex_random": {"slot": {"selection": "random"}},
     "flex_router": {"slot": {"selection": "router"}},
-    "flex_common": {"slot": {"calibration": "common"}},
+    "flex_pooled": {"slot": {"calibration": "pooled"}},
     "flex_no_gate": {"slot": {"gate": "none"}},
     "flex_closed": {"slot": {"gate_init": "closed"}},
     "flex_2_experts": {"slot": {"experts": 2}},
     "flex_3_experts": {"slot": {"experts": 3}},
     "flex_slot_lora": {"slot": {"training": "lora"}},
-    "flex_released": {
-        "slot": {"training": "lora", "gate": "routing", "selection": "random", "calibration": "common"},
-    },
+    "flex_released": {"slot": {"training": "lora", "gate": "routing", "selection": "random", "calibration": "pooled"}},
 }
 BASELINES = (
     "local", "fedavg", "fedit", "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedadam", "fedyogi",
@@ -38,15 +36,15 @@ BASELINES = (
     "ditto", "apfl", "fedala", "fedper", "fedrep", "feddpa", "fdlora",
 )  # fmt: skip
 EXPERT_METHODS = ("fedmoe", "fedamole")
-# Numbers of single methods: those of their papers where they are not the defaults, or fitted to so short a run.
-OWN = {
-    "flora": {"client": {"ranks": (28, 14, 28, 14)}},
-    "flexlora": {"client": {"ranks": (28, 14, 28, 14)}},
-    "hetlora": {"client": {"ranks": (28, 14, 28, 14)}},
-    "ditto": {"client": {"ditto_lambda": 10.0}},  # pulls half of the way in a round
-    "fdlora": {"server": {"learning_rate": 1.0, "beta1": 0.5}, "client": {"sync_every": 5}},
-    "fedmoe": {"slot": {"selection": "router", "experts": 2, "training": "lora", "rank": 8, "alpha": 16.0}},
-}  # fmt: skip
+FEDMOE = {"slot": {"selection": "router", "experts": 2, "training": "lora", "rank": 8, "alpha": 16.0}}
+# Hyperparameters of the papers that are not the defaults, or that fit so short a run.
+HPARAMS = {
+    "flora": {"ranks": (28, 14, 28, 14)},
+    "flexlora": {"ranks": (28, 14, 28, 14)},
+    "hetlora": {"ranks": (28, 14, 28, 14)},
+    "ditto": {"lambda_": 10.0},  # pulls half of the way in a round
+    "fdlora": {"eta": 1.0, "beta1": 0.5, "sync_every": 5},
+}
 
 
 def get_config():
@@ -78,19 +76,20 @@ def get_config():
 
     config.methods = ("flex", *ABLATIONS, *BASELINES, *EXPERT_METHODS)
     for name in config.methods:
-        own = {"lora": {"rank": 28, "alpha": 56.0}} if name in BASELINES else {}
-        own |= OWN.get(name, {})
+        overrides = {"lora": {"rank": 28, "alpha": 56.0}} if name in BASELINES else {}
+        overrides |= FEDMOE if name == "fedmoe" else {}
         if name in ABLATIONS:
-            own |= {"method": "flex"} | ABLATIONS[name]
+            overrides |= {"method": "flex"} | ABLATIONS[name]
         if name in RATES:
-            own |= {"optimizer": {"learning_rate": RATES[name], "final_learning_rate": RATES[name] / 10}}
-        if own:
-            config.overrides[name] = own
+            overrides |= {"optimizer": {"learning_rate": RATES[name], "final_learning_rate": RATES[name] / 10}}
+        if overrides:
+            config.overrides[name] = overrides
+    config.hparams = HPARAMS
     config.note = (
         "Methods with one LoRA train no fewer parameters per client than FLEx; those with two adapters have that rank "
         "twice. Each method has the best learning rate of the grid 2e-3, 4e-3, 8e-3 on one seed that is not reported "
-        "here: python benchmarks/learning_rates.py --config configs/compare.py --rates 2e-3 4e-3 8e-3 --seeds 103. "
-        "Other numbers of the methods, such as the server's own rate of FedAdam, were not searched. The setting was "
-        "chosen for FLEx against FedAvg and Local (configs/quickstart.py), not for the others."
+        "here: python tools/learning_rates.py --config configs/compare.py --rates 2e-3 4e-3 8e-3 --seeds 103. "
+        "Hyperparameters of the methods, such as the server's learning rate of FedAdam, were not searched. The setting "
+        "was chosen for FLEx against FedAvg and Local (configs/quickstart.py), not for the others."
     )
     return config

@@ -1,10 +1,10 @@
-"""databricks-dolly-15k, Dirichlet 0.5: 10 clients with their own mixtures of 4 tasks (FLEx, arXiv 2506.00965).
+r"""databricks-dolly-15k, Dirichlet 0.5: 10 clients with their own mixtures of 4 tasks (FLEx, arXiv 2506.00965).
 
 The paper's setting: every client draws 1,000 examples with replacement, after 25 test examples of each task are held
 out for all; its second row is --config.data.alpha=1.0. Qwen1.5-MoE-A2.7B; 100 rounds of 5 steps of 4 examples of
 512 tokens; LoRA rank 32, alpha 64, dropout 0.05; AdamW, cosine from 4e-5 to 1e-6.
 
-    python -m flex_jax.main --config configs/dolly_dirichlet.py --config.data.path=dolly-15k.jsonl.gz \\
+    python -m flex_jax.main --config configs/dolly_dirichlet.py --config.data.path=dolly-15k.jsonl.gz \
         --workdir runs/dolly_dirichlet
 
 The model is the embedded one, which cannot reach the paper's scores. The paper's checkpoint, or another of its family,

@@ -1,9 +1,9 @@
-"""databricks-dolly-15k, pathological: 4 clients with one task each (FLEx, arXiv 2506.00965).
+r"""databricks-dolly-15k, pathological: 4 clients with one task each (FLEx, arXiv 2506.00965).
 
 The paper's row, Qwen1.5-MoE-A2.7B, average ROUGE-L: FLEx 43.13, best baseline 42.37. It trains 100 rounds of 5 steps
 of 4 examples of 512 tokens; LoRA rank 32, alpha 64, dropout 0.05; AdamW, cosine from 4e-5 to 1e-6.
 
-    python -m flex_jax.main --config configs/dolly_pathological.py --config.data.path=dolly-15k.jsonl.gz \\
+    python -m flex_jax.main --config configs/dolly_pathological.py --config.data.path=dolly-15k.jsonl.gz \
         --workdir runs/dolly_pathological
 
 The model is the embedded one, which cannot reach that row. The paper's checkpoint, or another of its family, is a

@@ -6,7 +6,7 @@ Four clients, one for each department of the embedded tasks, and three seeds of 
 of a rank at which a client trains no fewer parameters than with FLEx; every method has the best learning rate of a
 grid, by ROUGE-L on seeds that are not reported here:
 
-    python benchmarks/learning_rates.py --config configs/quickstart.py --rates 2e-3 4e-3 8e-3 --seeds 103 104
+    python tools/learning_rates.py --config configs/quickstart.py --rates 2e-3 4e-3 8e-3 --seeds 103 104
 """
 
 from flex_jax.config import default_config
@@ -25,7 +25,7 @@ def get_config():
     config.note = (
         "FedAvg and Local train no fewer parameters per client than FLEx: their LoRA has a higher rank. Each method "
         "has the best learning rate of the grid 2e-3, 4e-3, 8e-3 on two seeds that are not reported here: python "
-        "benchmarks/learning_rates.py --config configs/quickstart.py --rates 2e-3 4e-3 8e-3 --seeds 103 104. "
+        "tools/learning_rates.py --config configs/quickstart.py --rates 2e-3 4e-3 8e-3 --seeds 103 104. "
         "The rest of the setting (examples a client, local steps, slot and ranks) was chosen over about 110 runs on "
         "seeds 100 to 105, looking for one in which FLEx leads; differences of a few points are within the noise."
     )

@@ -1,4 +1,4 @@
-"""What the commands have in common: one line and exit status 2 for a mistake that the user can mend."""
+"""What all commands do: one line and exit status 2 for a mistake that the user can mend."""
 
 import argparse
 import sys
@@ -9,17 +9,17 @@ from flex_jax.errors import FailedRuns, InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises where argparse would print its usage and leave."""
+    """A parser that raises InputError; argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
 def run_command(function: Callable[[list[str]], None], arguments: list[str], *, interrupted: str) -> int:
-    """Runs a command and returns its exit status: 0, 2 with one line, 1 where runs failed, or 130 with the line
-    `interrupted`.
+    """Runs a command and returns its exit status.
 
-    A mistake inside the package keeps its traceback.
+    It is 0, 2 with one line for an InputError, 1 if runs failed, or 130 with the line `interrupted`. A mistake inside
+    the package keeps its traceback.
     """
     try:
         function(arguments)

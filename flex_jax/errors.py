@@ -1,13 +1,13 @@
-"""What a program ends with, but for mistakes inside the package: those keep their traceback."""
+"""The errors that end a program with one line. Mistakes inside the package keep their traceback."""
 
 
 class InputError(Exception):
     """A mistake in a config, a data file or a checkpoint.
 
-    Its message is one line that names the thing, its place and what is allowed; the program prints it and exits
-    with status 2.
+    Its message is one line that names the thing, its place and what is allowed. The program prints it and exits with
+    status 2.
     """
 
 
 class FailedRuns(Exception):
-    """Some runs of an experiment broke off, the others are finished; the program prints the message, status 1."""
+    """Some runs of an experiment failed; the others are finished. The program prints the message, status 1."""

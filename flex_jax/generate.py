@@ -1,11 +1,11 @@
-"""Answers of a trained run.
+"""The command line: answers of a trained run.
 
     python -m flex_jax.generate --workdir RUN --client 2 --prompt "..."
     python -m flex_jax.generate --workdir RUN [--client 2] --prompts QUESTIONS.jsonl --out ANSWERS.jsonl
 
-A line of QUESTIONS has `prompt` (and perhaps `context`) or, as FastChat's questions, `turns`; it may also have `client`
-and `question_id`. ANSWERS has FastChat's answers in the same order. Exit status: 0, or 2 with one line for a mistake
-that the user can mend; a failed command leaves ANSWERS as it was.
+A line of QUESTIONS has `prompt` (and perhaps `context`) or, like FastChat's questions, `turns`. It may also have
+`client` and `question_id`. ANSWERS has FastChat's format and the same order. Exit status: 0, or 2 with one line for a
+mistake that the user can mend. A failed command does not change ANSWERS.
 """
 
 import argparse
@@ -15,13 +15,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
 
 
 def number(kind: type, allowed: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """Reads a flag's number; argparse reports what is no number, and with `allowed` one for which `holds` is false."""
+    """Returns a reader of a flag's number. argparse reports any other text, and with `allowed` a wrong number."""
 
     def read(text: str):
         try:
@@ -36,109 +37,88 @@ def number(kind: type, allowed: str, holds: Callable[[float], bool]) -> Callable
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The flags; raises InputError for any mistake in them that shows without the run."""
-    parser = Parser(
-        prog="flex_jax.generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    """Returns the flags. Raises InputError for any mistake that shows without the run."""
+    parser = Parser(prog="flex_jax.generate", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawTextHelpFormatter
     positive = number(int, "an integer of at least 1", lambda value: value >= 1)
     seed = number(int, "an integer from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
     temperature = number(float, "a finite number of at least 0", lambda value: 0 <= value < math.inf)
     top_p = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
     add = parser.add_argument
     add("--workdir", type=Path, required=True, metavar="RUN", help="work directory of the run")
-    add(
-        "--client",
-        metavar="N|NAME|shared",
-        help="whose answers: a client's, or the aggregated model's;\nwith --prompts that of the lines without a client",
-    )
+    client_help = "who answers: a client, or the aggregated model;\nwith --prompts, for lines that name no client"
+    add("--client", metavar="N|NAME|shared", help=client_help)
     add("--method", help="method of the run; default the first in its config")
     add("--seed", type=seed, metavar="N", help="seed of the run; default the first in its config")
     add("--prompt", metavar="TEXT", help="one question; its answer is printed")
-    add("--context", metavar="TEXT", default="", help="what the question is about, where the task has such a text")
+    add("--context", metavar="TEXT", default="", help="the text that the question is about, if any")
     add("--prompts", type=Path, metavar="FILE", help="questions, .jsonl or .jsonl.gz")
     add("--out", type=Path, metavar="FILE", help="where the answers to --prompts go")
     add("--max-new-tokens", type=positive, metavar="N", help="default evaluation.max_new_tokens of the run")
-    add("--temperature", type=temperature, default=0.0, metavar="T", help="default 0, the most likely token each time")
+    add("--temperature", type=temperature, default=0.0, metavar="T", help="default 0: the likeliest token")
     add("--top-p", type=top_p, default=1.0, metavar="P", help="nucleus to draw from; default 1, all tokens")
     add("--sample-seed", type=seed, default=0, metavar="N", help="default 0")
-    add(
-        "--batch-size",
-        type=positive,
-        metavar="N",
-        help="questions of each client at a time;\ndefault evaluation.batch_size of the run",
-    )
+    batch_help = "questions of each client at a time;\ndefault evaluation.batch_size of the run"
+    add("--batch-size", type=positive, metavar="N", help=batch_help)
     options = parser.parse_args(arguments)
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("give either --prompt or --prompts")
-    if options.prompt is not None:
-        if not options.prompt.strip():
-            raise InputError("--prompt is empty")
-        if options.client is None:
-            raise InputError("--prompt needs --client: a client's number, or shared")
+    if options.prompt is not None and not options.prompt.strip():
+        raise InputError("--prompt is empty")
+    if options.prompt is not None and options.client is None:
+        raise InputError("--prompt needs --client: a client's number, or shared")
     if options.prompts is not None and options.context:
         raise InputError("--context goes with --prompt; a line of --prompts has its own")
     if (options.prompts is None) != (options.out is None):
         raise InputError("--prompts and --out go together")
     if options.prompts is not None:
-        check_files(options.prompts, options.out)
+        if not options.prompts.is_file():
+            raise InputError(f"--prompts {options.prompts}: no such file")
+        if options.out.is_dir() or not os.access(options.out.absolute().parent, os.W_OK):
+            raise InputError(f"--out {options.out}: must be a file in a directory that exists and can be written to")
+        if options.out.resolve() == options.prompts.resolve():
+            raise InputError(f"--out {options.out}: is the file of --prompts")
     return options
-
-
-def check_files(prompts: Path, out: Path) -> None:
-    """Raises InputError where there are no questions or no answers could be written."""
-    if not prompts.is_file():
-        raise InputError(f"--prompts {prompts}: no such file")
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise InputError(f"--out {out}: must be a file in a directory that exists and can be written to")
-    if out.resolve() == prompts.resolve():
-        raise InputError(f"--out {out}: is the file of --prompts")
 
 
 def answer(options: argparse.Namespace) -> None:
     """Generates what the flags ask for, then prints or writes it."""
-    # Imported here and not above: the imports take seconds, and a wrong flag is told at once.
+    # Imported here, because these imports take seconds and a wrong flag should be told at once.
     from flex_jax.evaluation.answers import Question, encode_question, fastchat_answer, read_questions
-    from flex_jax.reporting.writers import write_text
-    from flex_jax.trained import SHARED, client_names, open_run
+    from flex_jax.evaluation.generation import GenerationSettings
+    from flex_jax.files import write_text
+    from flex_jax.restored_run import SHARED, client_names, open_run
 
     if options.prompt is None:
         questions = read_questions(options.prompts)
     else:
         questions = [Question("--prompt", 1, None, [{"instruction": options.prompt, "context": options.context}])]
     asked = asked_clients(questions, options.client, client_names(options.workdir))
-    trained = open_run(options.workdir, options.method, options.seed)
-    max_new_tokens = options.max_new_tokens or trained.config.evaluation.max_new_tokens
-    max_positions, tokenizer = trained.recipe.model.config.max_positions, trained.backbone.tokenizer
-    encoded = [
-        encode_question(question, tokenizer, max_positions=max_positions, max_new_tokens=max_new_tokens)
-        for question in questions
-    ]
-    finished = f"{trained.name} after round {int(trained.state.round)} of {trained.config.rounds}"
-    print(f"flex_jax: {finished}, questions: {len(questions)}", file=sys.stderr)
-    texts = answer_all(
-        trained,
-        encoded,
-        asked,
-        max_new_tokens=max_new_tokens,
-        batch_size=options.batch_size or trained.config.evaluation.batch_size,
-        sample_seed=options.sample_seed,
-        temperature=options.temperature,
-        top_p=options.top_p,
-    )
+    run = open_run(options.workdir, options.method, options.seed)
+    evaluation, tokenizer = run.config.evaluation, run.backbone.tokenizer
+    max_new_tokens = options.max_new_tokens or evaluation.max_new_tokens
+    batch_size = options.batch_size or evaluation.batch_size
+    settings = GenerationSettings(tokenizer.eos_token_id, max_new_tokens, batch_size)
+    limit = run.spec.model.config.max_position_embeddings
+    encoded = [encode_question(q, tokenizer, max_positions=limit, max_new_tokens=max_new_tokens) for q in questions]
+    groups = group_clients(run, asked)
+    progress = f"{run.name} after round {int(run.state.round)} of {run.config.rounds}"
+    print(f"flex_jax: {progress}, questions: {len(questions)}", file=sys.stderr)
+    texts = answer_all(run, groups, encoded, asked, settings, options)
     if options.out is None:
         print(texts[0][0])
         return
     lines = []
     for question, client, turns in zip(questions, asked, texts, strict=True):
-        model_id = f"{trained.name}-{SHARED if client is None else f'client{client}'}"
+        model_id = f"{run.name}-{SHARED if client is None else f'client{client}'}"
         line = fastchat_answer(question, model_id, turns) | {"client": SHARED if client is None else client}
         lines.append(json.dumps(line) + "\n")
     write_text(options.out, "".join(lines))
 
 
 def asked_clients(questions: list, default: str | None, names: list[str]) -> list[int | None]:
-    """The client that each question is put to, None for the shared model. Raises InputError for one that is not."""
-    from flex_jax.trained import parse_client
+    """Returns the client that each question is for, None for the shared model. Raises InputError for an unknown one."""
+    from flex_jax.restored_run import parse_client
 
     if default is not None:
         parse_client(default, names)
@@ -146,7 +126,7 @@ def asked_clients(questions: list, default: str | None, names: list[str]) -> lis
     for question in questions:
         name = default if question.client is None else question.client
         if name is None:
-            raise InputError(f"{question.place}: has no client; --client would give the lines without one theirs")
+            raise InputError(f"{question.place}: names no client; --client sets one for such lines")
         try:
             asked.append(parse_client(name, names))
         except InputError as error:
@@ -154,58 +134,47 @@ def asked_clients(questions: list, default: str | None, names: list[str]) -> lis
     return asked
 
 
+def group_clients(run, asked: list[int | None]) -> list[tuple[list[int | None], Any]]:
+    """Returns those who answer in the same batches, with their models: all clients, and the shared model separately.
+
+    The shared model has adapters of another structure.
+    """
+    clients = sorted(client for client in set(asked) if client is not None)
+    groups: list[tuple[list[int | None], Any]] = [([*clients], run.models(clients))] if clients else []
+    return [*groups, ([None], run.shared_model())] if None in asked else groups
+
+
 def answer_all(
-    trained,
-    questions: list[list[list[int]]],
-    asked: list[int | None],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    sample_seed: int,
-    temperature: float,
-    top_p: float,
+    run, groups: list, questions: list[list[list[int]]], asked: list[int | None], settings, options: argparse.Namespace
 ) -> list[list[str]]:
-    """The answers to questions (token ids by turn), by turn. All clients answer in the same batches; the shared model,
-    whose adapters have another structure, in its own."""
+    """Returns the answers to questions (token ids by turn), by turn. `groups` comes from `group_clients`."""
     import jax
 
     from flex_jax.evaluation.answers import converse
-    from flex_jax.evaluation.generation import decode
-    from flex_jax.trained import clients_of
+    from flex_jax.evaluation.generation import Sampling, decode
 
-    tokenizer, key = trained.backbone.tokenizer, jax.random.key(sample_seed)
-    texts = [[] for _ in questions]
-    groups = sorted(set(asked) - {None}), [None] if None in asked else []
-    for group in filter(None, groups):
-        rows = [[row for row, client in enumerate(asked) if client == own] for own in group]
+    key = jax.random.key(options.sample_seed)
+    texts: list[list[str]] = [[] for _ in questions]
+    for group, models in groups:
+        positions = [[i for i, client in enumerate(asked) if client == member] for member in group]
         # The shared model draws as one more client.
-        numbers = [trained.config.clients if client is None else client for client in group]
+        numbers = [run.config.clients if client is None else client for client in group]
+        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jax.numpy.array(numbers))
         answers = converse(
-            trained.recipe,
-            trained.frozen,
-            trained.state.server,
-            clients_of(trained, group),
-            [[questions[row] for row in own] for own in rows],
-            end=tokenizer.eos_token_id,
-            max_new_tokens=max_new_tokens,
-            batch_size=min(batch_size, max(map(len, rows))),
-            keys=jax.vmap(lambda number: jax.random.fold_in(key, number))(jax.numpy.array(numbers)),
-            temperature=temperature,
-            top_p=top_p,
+            models,
+            [[questions[i] for i in of_member] for of_member in positions],
+            settings._replace(batch_size=min(settings.batch_size, max(map(len, positions)))),
+            Sampling(keys, options.temperature, options.top_p) if options.temperature else None,
         )
-        for own, conversations in zip(rows, answers, strict=True):
-            for row, turns in zip(own, conversations, strict=True):
-                texts[row] = decode(turns, tokenizer)
+        for of_member, conversations in zip(positions, answers, strict=True):
+            for i, turns in zip(of_member, conversations, strict=True):
+                texts[i] = decode(turns, run.backbone.tokenizer)
     return texts
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line and returns its exit status."""
-
-    def run(arguments):
-        answer(parse(arguments))
-
-    return run_command(run, arguments, interrupted="nothing was written")
+    return run_command(lambda flags: answer(parse(flags)), arguments, interrupted="nothing was written")
 
 
 if __name__ == "__main__":

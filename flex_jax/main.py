@@ -1,10 +1,11 @@
 """The command line: python -m flex_jax.main --config FILE [--workdir DIR] [--config.KEY=VALUE ...].
 
-Exit status: 0 when every run finished, 1 when runs failed, 2 with one line for a mistake that the user can mend, 130
-when interrupted.
+Exit status: 0 if every run finished, 1 if runs failed, 2 with one line for a mistake that the user can mend, 130 if
+interrupted.
 """
 
 import argparse
+import ast
 import re
 import runpy
 import sys
@@ -18,14 +19,19 @@ from flex_jax.command import Parser, run_command
 from flex_jax.config import SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
 from flex_jax.errors import InputError
 
+HPARAMS_HELP = """  --config.hparams.METHOD.NAME=VALUE
+      a hyperparameter of one method, such as --config.hparams.fedprox.mu=0.1; docs/methods.md lists them
+  --config.overrides.METHOD.KEY=VALUE
+      a key of lora, slot, optimizer, client or server for one method alone"""
+
 
 def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
-    """The validated config and the work directory; raises InputError for any mistake in them."""
+    """Returns the validated config and the work directory. Raises InputError for any mistake in them."""
     keys = "\n".join(f"  --config.{key}={entry.default!r}\n      {entry.doc}" for key, entry in SCHEMA.items())
     parser = Parser(
         prog="flex_jax",
         usage="python -m flex_jax.main --config FILE [--workdir DIR] [--config.KEY=VALUE ...]",
-        epilog=f"keys of the config and their defaults:\n{keys}",
+        epilog=f"keys of the config and their defaults:\n{keys}\n{HPARAMS_HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -43,12 +49,12 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
 
 
 def load(path: str) -> ConfigDict:
-    """What the file's get_config() returns; raises InputError, with the line, for whatever it raises itself."""
+    """Returns what the file's get_config() returns. If the file raises something, its line is in an InputError."""
     if not Path(path).is_file():
         raise InputError(f"--config {path}: no such file")
     try:
         config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # the file is the user's own program, which may raise anything
+    except Exception as error:  # the file is the user's program, which may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         place = f"{path}, line {lines[-1]}" if lines else path
         if unknown := re.search(r'Key "(.+?)" does not exist', str(error)):
@@ -60,14 +66,15 @@ def load(path: str) -> ConfigDict:
 
 
 def override(config: ConfigDict, arguments: list[str]) -> None:
-    """Sets the --config.KEY=VALUE arguments in the config; raises InputError for anything else among them."""
+    """Sets the --config.KEY=VALUE arguments in the config. Raises InputError for anything else among them."""
+    arguments = [argument for argument in arguments if not _set_hparam(config, argument)]
     for key in (match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, arguments) if match):
         entry = find_key(key)
         if key.startswith("overrides."):  # config_flags sets only keys that exist
             _, method, *section, name = key.split(".")
-            own = {section[0]: {name: entry.default}} if section else {name: entry.default}
+            values = {section[0]: {name: entry.default}} if section else {name: entry.default}
             with config.overrides.unlocked(), config.overrides.ignore_type():
-                config.overrides.update({method: own})
+                config.overrides.update({method: values})
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
@@ -80,12 +87,31 @@ def override(config: ConfigDict, arguments: list[str]) -> None:
         raise InputError(f"unexpected argument {positional[0]!r}: values are set with --config.KEY=VALUE")
 
 
+def _set_hparam(config: ConfigDict, argument: str) -> bool:
+    """Sets a --config.hparams.METHOD.NAME=VALUE. Its type is the method's, which is checked when the method is made."""
+    match = re.fullmatch(r"--?(no)?config\.(hparams\.[^=]*)(?:=(.*))?", argument, re.DOTALL)
+    if not match:
+        return False
+    no, key, text = match.groups()
+    find_key(key)
+    if no or not text:
+        raise InputError(f"--config.{key}: must have a value, as in --config.{key}=0.1")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):  # a text without quotes
+        value = text
+    _, method, name = key.split(".")
+    with config.hparams.unlocked(), config.hparams.ignore_type():
+        config.hparams.update({method: {name: value}})
+    return True
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command line and returns its exit status."""
 
     def train(arguments):
         config, workdir = parse(arguments)
-        from flex_jax.experiment import run  # after the parsing: JAX takes seconds to import
+        from flex_jax.experiment import run  # after parsing, because importing JAX takes seconds
 
         run(config, workdir)
 

@@ -1,12 +1,14 @@
 """What several test folders use."""
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
 
 from jaxlib.version import __version_info__ as jaxlib_version
 
-# Most programs of the tests run once or twice: compiling them takes the time, of which this leaves a third on a CPU.
+# Most programs of the tests run once or twice, so compiling takes most of the time. This leaves a third of it on a CPU.
+os.environ.setdefault("TQDM_DISABLE", "1")  # on a busy machine loading gets a progress bar, which is no error line
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -17,7 +19,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flex_jax.models.config import AdapterConfig, LoraConfig, ModelConfig, Rope, SlotConfig
+from flex_jax import tiny
+from flex_jax.models.adapters import AdapterConfig
+from flex_jax.models.checkpoint import save_pretrained
+from flex_jax.models.config import LoraConfig, ModelConfig, Rope, SlotConfig
 from flex_jax.models.decoder import Decoder
 
 TESTS = itertools.count()
@@ -25,7 +30,7 @@ TESTS = itertools.count()
 
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
-    """Every compiled program maps memory, and Linux lets a process have 65,530 maps: beyond them XLA crashes."""
+    """Every compiled program maps memory. Linux lets a process have 65,530 maps; with more, XLA crashes."""
     yield
     maps = Path("/proc/self/maps")
     if next(TESTS) % 8 == 0 and maps.exists():
@@ -35,9 +40,9 @@ def few_compiled_programs():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data (dolly-15k.jsonl.gz and others): FLEX_JAX_SHARED_DATA, or beside the repository."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("FLEX_JAX_SHARED_DATA", beside))
+    """The folder of real data (dolly-15k.jsonl.gz and others): FLEX_JAX_SHARED_DATA, or next to the repository."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("FLEX_JAX_SHARED_DATA", default))
     if not folder.is_dir():
         pytest.skip("no real data: set FLEX_JAX_SHARED_DATA to a folder with dolly-15k.jsonl.gz")
     return folder
@@ -49,20 +54,20 @@ def model_config():
     return ModelConfig(
         family="qwen2_moe",
         vocab_size=60,
-        width=16,
-        layers=3,
-        heads=4,
-        kv_heads=2,
+        hidden_size=16,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
         head_dim=4,
-        experts=6,
-        experts_per_token=2,
-        expert_width=8,
-        shared_expert_width=12,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=12,
         norm_topk_prob=False,
         attention_bias=True,
-        tied_head=False,
-        norm_epsilon=1e-6,
-        max_positions=4096,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=4096,
         rope=Rope(theta=10000.0),
         shared_expert_gate=True,
     )
@@ -91,3 +96,16 @@ def params(model_config):
 @pytest.fixture(scope="session")
 def tokens(model_config):
     return jax.random.randint(jax.random.PRNGKey(2), (4, 11), 0, model_config.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model_config, tmp_path_factory):
+    """A random model with the embedded tokenizer, as a Hugging Face directory."""
+    from transformers import AutoTokenizer  # here, because it takes seconds and most tests do without
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.CHECKPOINT)
+    config = dataclasses.replace(model_config, vocab_size=len(tokenizer))
+    params = Decoder(config).init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    path = tmp_path_factory.mktemp("random") / "model"
+    save_pretrained(path, config, params, tokenizer=tokenizer)
+    return path

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from flex_jax.config import default_config, for_method, name_methods, validate
 from flex_jax.errors import InputError
-from flex_jax.federated.method import ClientSettings, ServerSettings, Settings
+from flex_jax.federated.method import Settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
 
@@ -68,12 +68,8 @@ BAD_VALUES = [
     ("slot.gate_init", "open", "router, closed"),
     ("lora", None, "a section"),
     ("slot.gate", "open", "sigmoid, none, routing"),
-    ("slot.calibration", "all", "own, common"),
+    ("slot.calibration", "all", "client, pooled"),
     ("sampling", "fair", "uniform, size"),
-    ("client.ranks", (0,), "at least 1"),
-    ("client.ranks", (4, 33), "at most config.lora.rank, 32"),
-    ("client.mixing_alpha", 1.5, "from 0 to 1"),
-    ("client.personal_steps", 0.0, "above 0"),
     ("client.compression", "zip", "none, bfloat16, int8, topk"),
     ("server.aggregation", "best", "mean, median, trimmed_mean"),
     ("server.byzantine", -1, "at least 0"),
@@ -81,6 +77,13 @@ BAD_VALUES = [
     ("overrides", {"flex": 1}, "unknown"),
     ("overrides", {"flex": {"lora": 1}}, "a section"),
     ("overrides", {"flex": {"rounds": 1}}, "common to all methods"),
+    ("overrides", {"flex": {"hparams": {"mu": 1}}}, "config.hparams.METHOD.NAME"),
+    ("hparams", None, "config.hparams.METHOD.NAME"),
+    ("hparams", {"fedprox": 0.1}, "config.hparams.METHOD.NAME"),
+    ("hparams", {"fedprox": {"mu": None}}, "a number, a text or a tuple"),
+    ("hparams", {"fedprox": {"mu": [0.1]}}, "a number, a text or a tuple"),
+    ("hparams", {"fedprox": {"mu": float("nan")}}, "a number, a text or a tuple"),
+    ("hparams", {"mine": {"sizes": ((1, 2), 3)}}, "a number, a text or a tuple"),
 ]
 
 
@@ -141,7 +144,7 @@ def test_only_a_config_dict_is_a_config(returned):
         validate(returned)
 
 
-@pytest.mark.parametrize("key", ["rounds", "lora.rank", "overrides"])
+@pytest.mark.parametrize("key", ["rounds", "lora.rank", "overrides", "hparams"])
 def test_a_missing_key_is_named(key):
     values = default_config().to_dict()
     section, _, name = key.rpartition(".")
@@ -181,6 +184,21 @@ def test_overrides_reach_only_their_method():
     assert flex.optimizer.weight_decay == fedavg.optimizer.weight_decay
     assert not flex.overrides and config.overrides.flex.slot.experts == 2
     assert config.optimizer.learning_rate == 4e-5
+
+
+def test_hyperparameters_reach_only_their_method():
+    config = default_config()
+    config.methods = ("fedprox", "far", "flex")
+    config.overrides.far = {"method": "fedprox"}
+    config.hparams.fedprox, config.hparams.far = {"mu": 0.5}, {"mu": 2}
+    validate(config)
+    own = {name: for_method(config, name) for name in config.methods}
+    assert {name: own[name].hparams.to_dict() for name in own} == {
+        "fedprox": {"fedprox": {"mu": 0.5}},
+        "far": {"far": {"mu": 2}},  # not those of the method that it is a variant of
+        "flex": {"flex": {}},
+    }
+    assert config.hparams.to_dict() == {"fedprox": {"mu": 0.5}, "far": {"mu": 2}}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +249,6 @@ def test_two_methods_of_one_name_and_names_that_are_none(methods):
         name_methods(config)
 
 
-def test_the_numbers_of_methods_are_those_of_the_config():
+def test_the_default_settings_of_methods_are_those_of_the_config():
     config = default_config()
-    assert Settings(ClientSettings(**config.client), ServerSettings(**config.server)) == Settings()
+    assert Settings(**config.client, **config.server) == Settings()

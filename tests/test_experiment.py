@@ -1,80 +1,85 @@
-"""The whole program on a random model of a few thousand weights: contract, resumption, bad input."""
+"""The whole program on a random model of a few thousand weights: contract, resumption, what is done only once."""
 
-import dataclasses
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from transformers import AutoTokenizer
 
-from flex_jax import tiny
+from flex_jax import building, methods, training
+from flex_jax.federated.federated_round import CompiledRound, make_round
 from flex_jax.main import main
-from flex_jax.methods import find_method
-from flex_jax.models.checkpoint import WEIGHTS, save_pretrained
-from flex_jax.models.decoder import Decoder
+from tests.program import (
+    ROOT,
+    arguments,
+    assert_refused,
+    count_calls,
+    count_method_calls,
+    read,
+    read_lines,
+    without_times,
+)
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="session")
-def checkpoint(model_config, tmp_path_factory):
-    """A random model with the embedded tokenizer, as a Hugging Face directory."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny.CHECKPOINT)
-    config = dataclasses.replace(model_config, vocab_size=len(tokenizer))
-    params = Decoder(config).init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    path = tmp_path_factory.mktemp("random") / "model"
-    save_pretrained(path, config, params, tokenizer=tokenizer)
-    return path
+THREE = ("--config.methods='flex','fedavg','local'", "--config.seeds=0,1")
 
 
-def arguments(checkpoint, workdir, *more):
-    """A run of seconds on the embedded tasks; `more` are further --config values."""
-    values = {
-        "methods": "'flex',",
-        "rounds": 3,
-        "local_steps": 2,
-        "batch_size": 2,
-        "sequence_length": 96,
-        "model.path": checkpoint,
-        "data.partition": "column",
-        "data.column": "department",
-        "data.examples_per_client": 12,
-        "data.test_examples": 3,
-        "lora.rank": 2,
-        "optimizer.learning_rate": 1e-2,
-        "evaluation.max_new_tokens": 4,
-        "evaluation.batch_size": 4,
-        "slot.calibration_examples": 8,
-    }
-    changed = [flag.removeprefix("--config.").split("=")[0] for flag in more]
-    flags = [f"--config.{key}={value}" for key, value in values.items() if key not in changed]
-    return ["--config", str(ROOT / "configs/default.py"), "--workdir", str(workdir), *flags, *more]
+class CountedRound:
+    """A round function that records when it is traced."""
+
+    def __init__(self, round_fn, traced):
+        self._round_fn, self._traced = round_fn, traced
+
+    def lower(self, *args):
+        self._traced.append(args)
+        return self._round_fn.lower(*args)
 
 
-def read(workdir, name="results.json"):
-    return json.loads((workdir / name).read_text())
-
-
-def without_times(results):
-    return [{key: value for key, value in run.items() if key != "timing"} for run in results["runs"]]
+def count_compilations(patch):
+    """Records the compilations of rounds in a list."""
+    traced = []
+    patch.setattr(building, "make_round", lambda *args, **kwargs: CountedRound(make_round(*args, **kwargs), traced))
+    return traced
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, tmp_path_factory):
+def counted():
+    """How often the command of `finished` called some functions."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, counted, tmp_path_factory):
     """All three methods, two seeds, to the end."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert main(arguments(checkpoint, workdir, "--config.methods='flex','fedavg','local'", "--config.seeds=0,1")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (building.for_method, building.plan, building.make_mesh, training.round_batches):
+            counted[function.__name__] = count_calls(patch, function)
+        counted["compile"] = count_method_calls(patch, CompiledRound, "compile")
+        counted["lower"] = count_compilations(patch)
+        assert main(arguments(checkpoint, workdir, *THREE)) == 0
     return workdir
+
+
+@pytest.fixture(scope="module")
+def resumed(checkpoint, tmp_path_factory):
+    """FLEx with the first of these seeds, interrupted in its evaluation, and the compilations of the second command."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    workdir = tmp_path_factory.mktemp("resumed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "score", interrupt)
+        assert main(arguments(checkpoint, workdir)) == 130
+        assert len(read_lines(workdir / "metrics.jsonl")) == 3 * 5 and not (workdir / "results.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        compilations = count_compilations(patch)
+        assert main(arguments(checkpoint, workdir)) == 0
+    return workdir, compilations
 
 
 def test_results_hold_what_the_contract_says(finished, model_config):
@@ -88,8 +93,8 @@ def test_results_hold_what_the_contract_says(finished, model_config):
             assert (client["train_examples"], client["eval_examples"]) == (12, 3)
             assert client["eval_loss"] > 0 and 0 <= client["rougeL"] <= 100
             grafted = client["grafted_experts"]
-            assert len(grafted) == (model_config.layers if run["method"] == "flex" else 0)
-            assert all(len(layer) == 1 and 0 <= layer[0] < model_config.experts for layer in grafted)
+            assert len(grafted) == (model_config.num_layers if run["method"] == "flex" else 0)
+            assert all(len(layer) == 1 and 0 <= layer[0] < model_config.num_experts for layer in grafted)
         losses = [client["eval_loss"] for client in run["clients"]]
         assert run["average"]["eval_loss"] == pytest.approx(np.mean(losses))
         assert run["timing"]["round_s_median"] > 0 and run["timing"]["compile_s"] >= 0
@@ -108,7 +113,7 @@ def test_results_hold_what_the_contract_says(finished, model_config):
 
 
 def test_metrics_have_a_line_for_every_client_and_round(finished):
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(finished / "metrics.jsonl")
     keys = [(line["run"], line["round"], line["client"]) for line in lines]
     assert len(keys) == len(set(keys)) == 6 * 3 * 5
     assert all(line["train_loss"] > 0 for line in lines)
@@ -121,23 +126,38 @@ def test_the_report_stands_alone(finished):
 
 def test_the_same_command_again_trains_nothing(finished, checkpoint):
     before = (finished / "metrics.jsonl").read_bytes(), read(finished)
-    assert main(arguments(checkpoint, finished, "--config.methods='flex','fedavg','local'", "--config.seeds=0,1")) == 0
+    assert main(arguments(checkpoint, finished, *THREE)) == 0
     assert ((finished / "metrics.jsonl").read_bytes(), read(finished)) == before
 
 
 def test_another_config_does_not_write_over_a_run(finished, checkpoint, capsys):
     before = read(finished)
-    assert main(arguments(checkpoint, finished, "--config.rounds=9")) == 2
-    assert "another config" in capsys.readouterr().err
+    assert_refused(main, arguments(checkpoint, finished, "--config.rounds=9"), "another config", capsys)
     assert read(finished) == before
 
 
-def test_the_same_seed_gives_the_same_bits_and_training_lowers_the_loss(finished, checkpoint, tmp_path):
-    assert main(arguments(checkpoint, tmp_path / "again")) == 0
-    assert without_times(read(tmp_path / "again"))[0] == without_times(read(finished))[0]
-    lines = [json.loads(line) for line in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
+def test_the_same_seed_gives_the_same_bits_and_training_lowers_the_loss(finished, resumed):
+    workdir, _ = resumed
+    assert without_times(read(workdir))[0] == without_times(read(finished))[0]
+    lines = read_lines(workdir / "metrics.jsonl")
     first, last = ([line["train_loss"] for line in lines if line["round"] == n] for n in (0, 2))
     assert np.mean(last) < np.mean(first)
+
+
+def test_a_run_that_was_interrupted_in_its_evaluation_compiles_no_round(resumed):
+    workdir, compilations = resumed
+    assert not compilations and read(workdir)["runs"][0]["timing"]["compile_s"] == 0.0
+
+
+def test_what_runs_share_is_made_once(finished, counted):
+    """Three methods, two seeds, three rounds."""
+    resolved = [args[1] for args, _ in counted["for_method"]]
+    assert sorted(resolved) == ["fedavg", "flex", "local"]
+    assert len(counted["plan"]) == len(counted["lower"]) == 3
+    assert len(counted["make_mesh"]) == 1
+    assert len(counted["compile"]) == 3 * 2
+    rounds = [(options["seed"], options["round"]) for _, options in counted["round_batches"]]
+    assert rounds == [(seed, number) for _ in range(3) for seed in (0, 1) for number in range(3)]
 
 
 def test_kill_9_in_a_round_and_the_same_command_give_the_same_numbers(finished, checkpoint, tmp_path):
@@ -153,42 +173,32 @@ def test_kill_9_in_a_round_and_the_same_command_give_the_same_numbers(finished, 
     assert not (tmp_path / "run/results.json").exists()
     assert main(arguments(checkpoint, tmp_path / "run")) == 0
     assert without_times(read(tmp_path / "run"))[0] == without_times(read(finished))[0]
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    whole = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(metrics)
+    whole = read_lines(finished / "metrics.jsonl")
     expected = [line["train_loss"] for line in whole if line["run"] == "flex-seed0"]
     assert [line["train_loss"] for line in lines] == expected
 
 
-def test_lora_slots_and_a_cohort_smaller_than_the_clients_run(checkpoint, tmp_path):
-    more = ("slot.training=lora", "slot.rank=2", "slot.experts=2", "slot.gate_init=closed", "cohort=2")
-    more += ("client.compression=topk",)
-    assert main(arguments(checkpoint, tmp_path / "run", *(f"--config.{value}" for value in more))) == 0
-    run = read(tmp_path / "run")["runs"][0]
-    assert all(len(set(layer)) == 2 for client in run["clients"] for layer in client["grafted_experts"])
-
-
 BREAKS = """
-from flex_jax.federated.method import ClientRule, Method
+from flex_jax.federated.method import ClientRule, Method, make_result as default
 
-def finish(received, trained):
-    raise ValueError("no such leaf")
+def make_result(context, trained):
+    if context.num_steps >= LEAST: raise ValueError("no such leaf")
+    return default(context, trained)
 
-breaks = Method(placement=((r".*", "shared"),), client=ClientRule(begin=finish))
+def breaks():
+    return Method(ownership=((r".*", "shared"),), client=ClientRule(make_result=make_result))
 """
 
 
 def test_a_method_that_breaks_does_not_lose_the_others(checkpoint, tmp_path, capsys):
     """Not even one in the middle; and the same command tries it again."""
     file, run = tmp_path / "mine.py", tmp_path / "run"
-    file.write_text(BREAKS.replace("begin=", "finish="))  # breaks as it is planned: nothing has begun
+    file.write_text(BREAKS.replace("LEAST", "1"))  # breaks when it is planned: nothing has begun
     command = arguments(checkpoint, run, f"--config.methods=('fedavg','{file}:breaks','local')", "--config.rounds=1")
-    assert_refused(command, "mine.py, line 5: ValueError: no such leaf", capsys, run)
-    find_method.cache_clear()
-    file.write_text(
-        BREAKS.replace("raise", "if received.steps > 1: raise")
-        .replace('ValueError("no such leaf")', 'ValueError("no such leaf")\n    return default(received, trained)')
-        .replace("import ClientRule", "import begin as default, ClientRule")
-    )
+    assert_refused(main, command, "mine.py, line 5: ValueError: no such leaf", capsys, run)
+    forget_methods()
+    file.write_text(BREAKS.replace("LEAST", "2"))  # breaks when its round is traced
     assert main(command) == 1
     printed = capsys.readouterr()
     assert f"1 of 3 runs failed (breaks seed 0: {file}, line 5: ValueError: no such leaf)" in printed.err
@@ -197,19 +207,25 @@ def test_a_method_that_breaks_does_not_lose_the_others(checkpoint, tmp_path, cap
     assert [done["method"] for done in results["runs"]] == ["fedavg", "local"]
     assert [failed["method"] for failed in results["failures"]] == ["breaks"]
     assert "mine.py" in (run / "failures/breaks-seed0.txt").read_text() and (run / "report.html").exists()
-    find_method.cache_clear()
+    forget_methods()
     file.write_text("from flex_jax.methods import METHODS\nbreaks = METHODS['fedavg']\n")
     assert main(command) == 0
     assert [done["method"] for done in read(run)["runs"]] == ["fedavg", "local", "breaks"] and not read(run)["failures"]
     assert not list((run / "failures").iterdir())
 
 
-def test_variants_of_a_method_stand_beside_it(checkpoint, tmp_path):
-    """Ablations of FLEx: chosen at random, the same for all, without a gate, in the place of the expert."""
+def forget_methods():
+    """A new process would read the file again."""
+    methods.find_factory.cache_clear()
+    methods._make.cache_clear()
+
+
+def test_variants_of_a_method_run_next_to_it(checkpoint, tmp_path):
+    """Ablations of FLEx: selected at random, the same for all, without a gate, in place of the pretrained expert."""
     variants = {
         "random": {"slot": {"selection": "random"}},
-        "common": {"slot": {"calibration": "common", "gate": "none"}},
-        "released": {"slot": {"selection": "random", "calibration": "common", "gate": "routing", "training": "lora"}},
+        "pooled": {"slot": {"calibration": "pooled", "gate": "none"}},
+        "released": {"slot": {"selection": "random", "calibration": "pooled", "gate": "routing", "training": "lora"}},
     }
     changes = [f"--config.overrides.{name}.method=flex" for name in variants]
     for name, values in variants.items():
@@ -221,11 +237,11 @@ def test_variants_of_a_method_stand_beside_it(checkpoint, tmp_path):
     assert list(runs) == ["flex", *variants]
     grafted = {name: [client["grafted_experts"] for client in run["clients"]] for name, run in runs.items()}
     assert grafted["random"] != grafted["flex"]
-    for name in ("common", "released"):
+    for name in ("pooled", "released"):
         assert all(client == grafted[name][0] for client in grafted[name])
-    kept = {name: run["parameters"]["personal_per_client"] for name, run in runs.items()}
-    gate = 3 * 16  # layers x width
-    assert kept["common"] == kept["flex"] - gate and kept["released"] == 3 * 2 * 3 * (16 + 8)
+    personal = {name: run["parameters"]["personal_per_client"] for name, run in runs.items()}
+    gate = 3 * 16  # layers x hidden size
+    assert personal["pooled"] == personal["flex"] - gate and personal["released"] == 3 * 2 * 3 * (16 + 8)
 
 
 def test_cohorts_by_an_availability_trace(checkpoint, tmp_path, capsys):
@@ -233,80 +249,23 @@ def test_cohorts_by_an_availability_trace(checkpoint, tmp_path, capsys):
     trace.write_text("[0, 3]\n[1, 2, 3]\n")
     more = ("--config.cohort=2", "--config.sampling=size", f"--config.availability={trace}")
     assert main(arguments(checkpoint, tmp_path / "run", *more)) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
     trained = [{line["client"] for line in lines if line["round"] == n} - {None} for n in range(3)]
     assert trained[0] == trained[2] == {0, 3} and trained[1] < {1, 2, 3}
     trace.write_text("[0]\n")
     capsys.readouterr()
-    assert_refused(arguments(checkpoint, tmp_path / "no", *more), r"trace.jsonl:1: has 1 of", capsys, tmp_path / "no")
+    assert_refused(
+        main,
+        arguments(checkpoint, tmp_path / "no", *more),
+        r"trace.jsonl:1: has 1 clients: must have at least 2",
+        capsys,
+        tmp_path / "no",
+    )
 
 
 def test_a_cohort_too_small_for_its_aggregation(checkpoint, tmp_path, capsys):
     command = arguments(checkpoint, tmp_path / "run", "--config.server.aggregation=krum")
-    assert_refused(command, "config.server.aggregation: krum .* cohort", capsys, tmp_path / "run")
-
-
-def record(**changes):
-    fields = {"instruction": "Name it.", "context": "", "response": "yes", "category": "closed_qa"}
-    return json.dumps(fields | changes)
-
-
-BAD_DATA = {
-    "missing file": (None, "no such file|missing|does not exist"),
-    "no response": ([record(), json.dumps({"instruction": "a", "context": "", "category": "x"})], ":2: .*response"),
-    "a response of spaces": ([record(), record(response="   ")], ":2: response is empty"),
-    "broken JSON": ([record(), '{"instruction": '], ":2: broken JSON"),
-    "an empty client": ([record(instruction=str(i)) for i in range(5)], "client"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_DATA)
-def test_bad_data_gives_one_line_and_status_2(kind, checkpoint, tmp_path, capsys):
-    lines, words = BAD_DATA[kind]
-    file = tmp_path / "data.jsonl"
-    if lines is not None:
-        file.write_text("\n".join(lines))
-    flags = [f"--config.data.path={file}", "--config.data.partition=iid", "--config.data.column="]
-    assert_refused(arguments(checkpoint, tmp_path / "run", *flags), words, capsys, tmp_path / "run")
-
-
-def assert_refused(command, words, capsys, workdir):
-    assert main(command) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("flex_jax: error:") and "\n" not in error
-    assert re.search(words, error), error
-    assert not workdir.exists()
-
-
-def test_more_grafted_experts_than_experts(checkpoint, tmp_path, capsys):
-    command = arguments(checkpoint, tmp_path / "run", "--config.slot.experts=7")
-    assert_refused(command, r"config.slot.experts is 7: must be at most 6", capsys, tmp_path / "run")
-
-
-def test_an_unknown_method_and_an_unknown_category(checkpoint, tmp_path, capsys):
-    command = arguments(checkpoint, tmp_path / "run", "--config.methods='flax',")
-    assert_refused(command, "'flax' is unknown: must be path/to/file.py:name or one of ", capsys, tmp_path / "run")
-    command = arguments(checkpoint, tmp_path / "run", "--config.data.categories='poetry',")
-    assert_refused(command, "poetry", capsys, tmp_path / "run")
-
-
-def test_a_bad_checkpoint_names_all_its_tensors(checkpoint, tmp_path, capsys):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in checkpoint.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(broken / WEIGHTS)
-    del tensors["model.norm.weight"]
-    tensors["lm_head.weight"] = np.zeros((2, 2), np.float32)
-    save_file(tensors, broken / WEIGHTS)
-    command = arguments(broken, tmp_path / "run")
-    assert_refused(command, "model.norm.weight is missing.*lm_head|lm_head.*model.norm", capsys, tmp_path / "run")
-
-
-def test_a_tokenizer_larger_than_the_embedding(checkpoint, model_config, params, tmp_path, capsys):
-    save_pretrained(tmp_path / "small", model_config, params, tokenizer=AutoTokenizer.from_pretrained(checkpoint))
-    command = arguments(tmp_path / "small", tmp_path / "run")
-    assert_refused(command, "embedding has 60 rows", capsys, tmp_path / "run")
+    assert_refused(main, command, "config.server.aggregation: krum .* cohort", capsys, tmp_path / "run")
 
 
 @pytest.mark.parametrize("config", ["dolly_pathological", "dolly_dirichlet"])

@@ -11,17 +11,16 @@ from safetensors.numpy import load_file
 
 from flex_jax import export, load_pretrained
 from flex_jax.main import main
-from flex_jax.models import personalised
+from flex_jax.models.export import transformers
 from flex_jax.models.families import FAMILIES
-from flex_jax.trained import clients_of, open_run
-from tests.test_experiment import arguments, checkpoint  # noqa: F401  (a fixture)
+from flex_jax.restored_run import open_run
+from tests.program import SHORT, arguments
 
 ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
-SHORT = ("--config.rounds=1", "--config.local_steps=2", "--config.evaluation.max_new_tokens=1")
 
 
 @pytest.fixture(scope="module")
-def workdir(checkpoint, tmp_path_factory):  # noqa: F811
+def workdir(checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("finished") / "run"
     more = ("--config.methods='flex','fedavg','local'", "--config.overrides.local.lora.rank=3")
     assert main(arguments(checkpoint, path, *SHORT, *more)) == 0
@@ -39,7 +38,7 @@ def names(out):
     return {path.name for path in out.iterdir()}
 
 
-def test_peft_holds_the_shared_lora_of_flex(workdir, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_peft_holds_the_shared_lora_of_flex(workdir, checkpoint, tmp_path, capsys):
     assert run_export(workdir, tmp_path / "one") == 0
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert "PeftModel.from_pretrained" in line and "personal expert is not part" in line
@@ -64,7 +63,7 @@ def test_peft_of_local_is_the_clients_own_with_its_own_rank(workdir, tmp_path, c
     assert {min(array.shape) for array in one.values()} == {3}
 
 
-def test_hf_holds_everything_and_hf_merged_plain_weights(workdir, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_hf_holds_everything_and_hf_merged_plain_weights(workdir, checkpoint, tmp_path, capsys):
     out = tmp_path / "hf"
     out.mkdir()  # an empty directory may be there
     assert run_export(workdir, out, "--format", "hf") == 0
@@ -74,7 +73,7 @@ def test_hf_holds_everything_and_hf_merged_plain_weights(workdir, checkpoint, tm
     raw, base = (json.loads((path / "config.json").read_text()) for path in (out, checkpoint))
     assert raw["flex"] == {"personal_experts": 1, "expert_width": 8, "gate_bias": False}
     assert raw["eos_token_id"] == base["eos_token_id"] and raw["model_type"] == base["model_type"]
-    slots = clients_of(open_run(workdir), [0, 1, 2, 3]).personal["layers"]["moe"]["slot"]["up_proj"]["kernel"]
+    slots = open_run(workdir).models([0, 1, 2, 3]).clients.personal["layers"]["moe"]["slot"]["up_proj"]["kernel"]
     held = load_file(out / MODEL)["model.layers.2.mlp.personal.experts.0.up_proj.weight"]
     np.testing.assert_array_equal(held, np.asarray(slots)[1, 2, 0].T)
 
@@ -126,13 +125,13 @@ def test_a_directory_in_use_is_left_alone(workdir, tmp_path, capsys):
 
 
 def test_nothing_is_half_written(workdir, tmp_path, monkeypatch, capsys):
-    """A full disk while the last file is copied. A directory of another's with a like name stays as it is."""
+    """A full disk while the last file is copied. Somebody else's directory with a similar name stays as it is."""
 
     def full_disk(*paths):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(personalised.shutil, "copy", full_disk)
+        patch.setattr(transformers.shutil, "copy", full_disk)
         assert_refused(workdir, tmp_path / "out", ("--format", "hf"), "No space left", capsys)
     assert names(tmp_path) == set()
     (tmp_path / "out.partial").mkdir()
@@ -155,7 +154,7 @@ def test_families_without_a_class_in_transformers(tmp_path):
     assert "trust_remote_code" not in export.how_to_load("hf-merged", tmp_path, FAMILIES["mixtral"], slot=False)
 
 
-def test_a_run_starts_from_an_exported_adapter(workdir, checkpoint, tmp_path, capsys):  # noqa: F811
+def test_a_run_starts_from_an_exported_adapter(workdir, checkpoint, tmp_path, capsys):
     adapter = tmp_path / "adapter"
     assert run_export(workdir, adapter, "--method", "fedavg", "--client", "shared") == 0
     held = open_run(workdir, "fedavg").state.server.shared
@@ -164,7 +163,7 @@ def test_a_run_starts_from_an_exported_adapter(workdir, checkpoint, tmp_path, ca
     assert main(arguments(checkpoint, tmp_path / "run", *flags, *still)) == 0
     again = open_run(tmp_path / "run", "fedavg").state.server.shared
     jax.tree.map(np.testing.assert_array_equal, again, held)
-    local = clients_of(open_run(tmp_path / "run", "local"), [0, 1, 2, 3]).personal
+    local = open_run(tmp_path / "run", "local").models([0, 1, 2, 3]).clients.personal
     for leaf, own in zip(jax.tree.leaves(local), jax.tree.leaves(held), strict=True):
         np.testing.assert_array_equal(leaf, np.broadcast_to(own, leaf.shape))
 

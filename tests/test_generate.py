@@ -2,24 +2,23 @@
 
 import gzip
 import json
-import re
-import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from flex_jax.evaluation.answers import converse
-from flex_jax.federated.placement import merge
+from flex_jax.evaluation.generation import GenerationSettings, Sampling
+from flex_jax.federated.checkpoint import Checkpoints
+from flex_jax.federated.ownership import merge
 from flex_jax.generate import main
 from flex_jax.main import main as train
-from flex_jax.trained import clients_of, open_run
+from flex_jax.restored_run import open_run
+from tests.program import ROOT, assert_refused, count_method_calls, read
 
-ROOT = Path(__file__).parents[1]
 NEW = 10
 LINES = [  # of several clients and the shared model, in no order
     {"prompt": "Give the weekday.", "context": "A lamp was ordered by Helen. It was sent on Monday.", "client": 3},
@@ -87,15 +86,14 @@ def next_logits(model, variables, tokens, length):
 
 def naive(trained, client, ids):
     """The greedy continuation of one client or, for None, of the shared adapters alone; without a cache."""
-    own = clients_of(trained, [client])
-    if client is not None:
-        own = jax.tree.map(lambda leaf: leaf[0], own)
+    models = trained.shared_model() if client is None else trained.models([client])
+    own = jax.tree.map(lambda leaf: leaf[0], models.clients)
     adapters = merge(trained.state.server.shared, own.personal)
     variables = {"params": trained.frozen.params, "adapters": adapters, "grafts": own.grafts}
     ids, new = list(ids), []
     while len(new) < NEW:
         tokens = jnp.array([[*ids, *[0] * (160 - len(ids))]])
-        new.append(int(next_logits(trained.recipe.model, variables, tokens, len(ids)).argmax()))
+        new.append(int(next_logits(trained.spec.model, variables, tokens, len(ids)).argmax()))
         if new[-1] == trained.backbone.tokenizer.eos_token_id:
             return new[:-1]
         ids.append(new[-1])
@@ -103,7 +101,7 @@ def naive(trained, client, ids):
 
 
 def test_the_command_gives_the_answers_of_the_evaluation(workdir, tmp_path):
-    clients = json.loads((workdir / "results.json").read_text())["runs"][0]["clients"]
+    clients = read(workdir)["runs"][0]["clients"]
     lines, expected = [], []
     for client in clients:
         for example in client["examples"]:
@@ -130,14 +128,23 @@ def test_a_context_and_the_name_of_a_client(workdir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [(), FREE])
-def test_mixed_lines_equal_those_of_each_client_alone(workdir, tmp_path, flags):
+def test_mixed_lines_equal_those_of_each_client_alone(workdir, tmp_path, monkeypatch, flags):
+    restored = count_method_calls(monkeypatch, Checkpoints, "restore")
     mixed = ask(workdir, tmp_path, LINES, *flags)
+    assert len(restored) == 1  # for two clients and the shared model
     assert [answer["client"] for answer in mixed] == [line["client"] for line in LINES]
     for client in (0, 3, "shared"):
         own = [{key: line[key] for key in line if key != "client"} for line in LINES if line["client"] == client]
         alone = ask(workdir, tmp_path, own, "--client", str(client), "--batch-size", "1", *flags)
         assert turns(alone) == [*turns(answer for answer in mixed if answer["client"] == client)]
     assert len({str(turns([mixed[row]])) for row in (1, 2, 4)}) == 3  # the same prompt
+
+
+def test_the_order_of_clients_and_the_shared_model_does_not_matter(workdir, tmp_path):
+    first, *_, last = LINES
+    assert first["client"] == 3 and last["client"] == "shared"
+    answers = turns(ask(workdir, tmp_path, LINES))
+    assert turns(ask(workdir, tmp_path, LINES[::-1])) == answers[::-1]
 
 
 def test_answers_have_fastchats_keys_and_stable_ids(workdir, tmp_path):
@@ -183,15 +190,15 @@ def test_the_second_turn_follows_the_first_and_its_answer(workdir, trained, tmp_
 def test_a_later_turn_reads_the_whole_conversation_and_draws_anew(monkeypatch):
     calls, said = [], [[[7, 7], [8]], [[9]]]  # what every turn is answered, by client and question
 
-    def generate_tokens(model, frozen, shared, clients, prompts, *, sampling, **rest):
+    def generate_tokens(models, prompts, settings, sampling):
         calls.append((prompts, jax.random.key_data(sampling.keys)))
         return said
 
     monkeypatch.setattr("flex_jax.evaluation.answers.generate_tokens", generate_tokens)
     questions = [[[[1, 2], [3]], [[4]]], [[[5], [6], [1]]]]
     keys = jax.random.split(jax.random.key(0), 2)
-    settings = dict(end=0, max_new_tokens=2, batch_size=1, keys=keys, temperature=1.0, top_p=1.0)
-    conversations = converse(None, None, None, None, questions, **settings)
+    settings = GenerationSettings(end=0, max_new_tokens=2, batch_size=1)
+    conversations = converse(None, questions, settings, Sampling(keys, temperature=1.0, top_p=1.0))
     assert [prompts for prompts, _ in calls] == [
         [[[1, 2], [4]], [[5]]],
         [[[1, 2, 7, 7, 0, 3], []], [[5, 9, 0, 6]]],
@@ -234,7 +241,10 @@ BAD_LINES = {  # after six good ones
     "an unknown client": ({"prompt": "a", "client": 4}, "questions.jsonl:7: client '4': must be shared or one of"),
     "an unknown name": ({"prompt": "a", "client": "finances"}, "questions.jsonl:7: client 'finances'"),
     "too long": ({"prompt": "note " * 2100}, r"questions.jsonl:7: too long: a prompt of 2\d+ tokens and 80 .* 2048"),
-    "too long in the end": ({"turns": ["note " * 990] * 2}, "questions.jsonl:7: .* beside up to 81 of the answers"),
+    "too long in the end": (
+        {"turns": ["note " * 990] * 2},
+        "questions.jsonl:7: .* tokens, up to 81 of earlier answers",
+    ),
 }
 
 
@@ -243,7 +253,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(workdir, tmp_path, capsys, k
     line, words = BAD_LINES[kind]
     prompts, out = write(tmp_path / "questions.jsonl", [FINE] * 6 + [line]), write(tmp_path / "out.jsonl", ["old"])
     command = ["--workdir", workdir, "--client", "1", "--prompts", prompts, "--out", out, "--max-new-tokens", "80"]
-    assert_refused(command, words, capsys)
+    assert_refused(main, command, words, capsys)
     assert out.read_text() == "old\n" and len(list(tmp_path.iterdir())) == 2
 
 
@@ -253,7 +263,7 @@ BAD_FLAGS = {
     "no question": (("--client", "1"), "either --prompt or --prompts"),
     "both": (ONE + FILES, "either --prompt or --prompts"),
     "no client": (ONE[2:], "--prompt needs --client"),
-    "no client for a line": (FILES, "questions.jsonl:1: has no client"),
+    "no client for a line": (FILES, "questions.jsonl:1: names no client"),
     "an unknown client": (("--client", "4", *ONE[2:]), "must be shared or one of 0 .finance., 1 .legal., 2"),
     "a negative client": (("--client=-1", *ONE[2:]), "client '-1'"),
     "an empty client": (("--client", "", *ONE[2:]), "client ''"),
@@ -283,36 +293,5 @@ def test_a_bad_flag_gives_one_line_and_status_2(workdir, tmp_path, capsys, kind)
     flags, words = BAD_FLAGS[kind]
     prompts, out = write(tmp_path / "questions.jsonl", [FINE]), tmp_path / "answers.jsonl"
     flags = [flag.replace("IN", str(prompts)).replace("OUT", str(out)) for flag in flags]
-    assert_refused(["--workdir", workdir, *flags], words, capsys)
+    assert_refused(main, ["--workdir", workdir, *flags], words, capsys)
     assert not out.exists()
-
-
-def test_a_broken_config_of_the_run(tmp_path, capsys):
-    write(tmp_path / "config.json", ["{"])
-    assert_refused(["--workdir", tmp_path, *ONE], "config.json: broken JSON", capsys)
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "words"),
-    [
-        ("config.json", {"clients": 3}, "flex-seed0: damaged, or not of the config.json beside it"),
-        ("config.json", {"methods": []}, "config.methods is"),
-        ("config.json", {"methods": ["flox"]}, "flox-seed0: no checkpoint of this method"),
-        ("config.json", {"rank": 3}, "not the config of a run of this version"),
-        ("results.json", {"runs": []}, "results.json: not the results of a run"),
-        ("checkpoints/flex-seed0/server/1/default/manifest.ocdbt", None, "flex-seed0: damaged"),
-    ],
-)
-def test_a_damaged_run_is_one_line(workdir, tmp_path, capsys, file, change, words):
-    copy = shutil.copytree(workdir, tmp_path / "run")
-    text = "" if change is None else json.dumps(json.loads((copy / file).read_text()) | change)
-    (copy / file).write_text(text)
-    assert_refused(["--workdir", copy, *ONE], words, capsys)
-
-
-def assert_refused(command, words, capsys):
-    capsys.readouterr()
-    assert main(list(map(str, command))) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("flex_jax: error:")
-    assert re.search(words, printed.err), printed.err

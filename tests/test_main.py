@@ -65,6 +65,9 @@ def assert_one_line(capsys, *parts):
         ("--config.seeds=7", "seeds", (7,)),
         ("--config.data.categories=closed_qa", "data.categories", ("closed_qa",)),
         ("--config.overrides.flex.optimizer.learning_rate=1e-3", "overrides.flex.optimizer.learning_rate", 1e-3),
+        ("--config.hparams.fedprox.mu=0.5", "hparams.fedprox.mu", 0.5),
+        ("--config.hparams.hetlora.ranks=(8, 16)", "hparams.hetlora.ranks", (8, 16)),
+        ("--config.hparams.mine.kind=exact", "hparams.mine.kind", "exact"),
     ],
 )
 def test_an_override_reaches_the_run(run, config_file, argument, key, value):
@@ -83,6 +86,22 @@ def test_one_override_of_a_method_keeps_those_of_the_file(run, config_file):
     status, given = run("--config", path, "--config.overrides.flex.optimizer.learning_rate=0.5")
     assert status == 0
     assert given.config.overrides.to_dict() == {"flex": {"optimizer": {"learning_rate": 0.5}, "slot": {"experts": 2}}}
+
+
+def test_one_hyperparameter_keeps_those_of_the_file(run, config_file):
+    """Its new value may have another type: only the method knows which is right."""
+    path = config_file('config.hparams.fedadam = {"eta": 0.1, "tau": 1e-3}\nreturn config')
+    status, given = run("--config", path, "--config.hparams.fedadam.eta=1", "--config.hparams.fedadam.beta1=x=y")
+    assert status == 0
+    assert given.config.hparams.to_dict() == {"fedadam": {"eta": 1, "tau": 1e-3, "beta1": "x=y"}}
+
+
+def test_a_method_of_ones_own_file_has_hyperparameters_under_its_name(run, config_file):
+    method, hparam = "--config.method=mine.py:new", "--config.hparams.new.eta=2"
+    status, given = run("--config", config_file(), method, hparam)
+    assert status == 0 and given.config.methods == ("new",)
+    assert given.config.overrides.to_dict() == {"new": {"method": "mine.py:new"}}
+    assert given.config.hparams.to_dict() == {"new": {"eta": 2}}
 
 
 def test_the_command_line_may_complete_the_file(run, config_file):
@@ -111,6 +130,16 @@ def test_the_work_directory_is_named_after_the_file(run, config_file, tmp_path):
         (["--config.overrides.flex.lora.rank=x"], ["config.overrides.flex.lora.rank=x", "an integer of at least 1"]),
         (["--config.overrides.flex.rank=1"], ["config.overrides.flex.rank is unknown", "overrides.flex.lora.rank"]),
         (["--config.overrides.2-x.lora.rank=1"], ["config.overrides.2-x.lora.rank is unknown"]),
+        (["--config.hparams.fedprox=1"], ["config.hparams.fedprox", "config.hparams.METHOD.NAME"]),
+        (["--config.hparams=1"], ["config.hparams", "config.hparams.METHOD.NAME"]),
+        (["--config.hparams.fedprox.mu"], ["--config.hparams.fedprox.mu", "must have a value"]),
+        (["--config.hparams.fedprox.mu", "1"], ["--config.hparams.fedprox.mu", "must have a value"]),
+        (["--config.hparams.fedprox.mu="], ["--config.hparams.fedprox.mu", "must have a value"]),
+        (["--config.hparams.fedprox.mu=[1]"], ["config.hparams.fedprox.mu is [1]", "a number, a text or a tuple"]),
+        (["--config.hparams.fedprox.mu={'a': 1}"], ["config.hparams.fedprox.mu"]),
+        (["--config.hparams.fedprox.mu.x=1"], ["config.hparams.fedprox.mu.x", "config.hparams.METHOD.NAME"]),
+        (["--config.hparams.2-x.mu=1"], ["config.hparams.2-x.mu", "config.hparams.METHOD.NAME"]),
+        (["--noconfig.hparams.fedprox.mu"], ["config.hparams.fedprox.mu"]),
         (["--bogus=1"], ["bogus"]),
         (["stray"], ["stray"]),
         (["--workdir"], ["--workdir"]),

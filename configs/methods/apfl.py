@@ -1,8 +1,9 @@
-"""APFL on LoRA: a client's adapters are a mixture of its own and the common ones, in a proportion that it learns.
+"""APFL on LoRA: a client's model mixes personal and global adapters, in a proportion that it learns.
 
     python -m flex_jax.main --config configs/methods/apfl.py
 
-Deng et al. 2020, arXiv 2003.13461: clients of a round weigh alike. alpha starts at 0.5 as in the authors' code.
+Deng et al. 2020, arXiv 2003.13461. The clients of a round have equal weights, and alpha starts at 0.5, as in the
+authors' code.
 """
 
 from flex_jax.config import default_config
@@ -11,6 +12,6 @@ from flex_jax.config import default_config
 def get_config():
     config = default_config()
     config.methods = ("apfl",)
-    config.client.mixing_alpha = 0.5
+    config.hparams.apfl = {"alpha": 0.5}
     config.server.weighting = "uniform"
     return config

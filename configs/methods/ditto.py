@@ -1,10 +1,10 @@
-"""Ditto on LoRA: FedAvg, and beside it every client's own adapters, pulled towards those it received.
+"""Ditto on LoRA: FedAvg, and personal adapters that are pulled towards the downloaded ones.
 
     python -m flex_jax.main --config configs/methods/ditto.py
 
-Li et al. 2021, arXiv 2012.04221. lambda 1 and clients that weigh alike are those of the authors' code, for SGD. The
+Li et al. 2021, arXiv 2012.04221. lambda 1 and equal weights are those of the authors' code, for SGD. The
 pull here is decoupled from AdamW's step: a round closes about lambda x learning rate x local steps of the distance, so
-that lambda 1 is close to local training at this learning rate. 1 / (learning rate x local steps) is a strong pull.
+lambda 1 is close to local training at this learning rate. 1 / (learning rate x local steps) is a strong pull.
 """
 
 from flex_jax.config import default_config
@@ -13,6 +13,6 @@ from flex_jax.config import default_config
 def get_config():
     config = default_config()
     config.methods = ("ditto",)
-    config.client.ditto_lambda = 1.0
+    config.hparams.ditto = {"lambda_": 1.0}
     config.server.weighting = "uniform"
     return config

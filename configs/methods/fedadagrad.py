@@ -2,7 +2,7 @@
 
     python -m flex_jax.main --config configs/methods/fedadagrad.py
 
-The numbers are those of the FLEx paper's (arXiv 2506.00965) baseline, which weighs clients alike here.
+Hyperparameters and equal weights are those of the baseline in the FLEx paper (arXiv 2506.00965).
 """
 
 from flex_jax.config import default_config
@@ -12,6 +12,5 @@ def get_config():
     config = default_config()
     config.methods = ("fedadagrad",)
     config.server.weighting = "uniform"
-    config.server.learning_rate = 1e-3
-    config.server.tau = 1e-3
+    config.hparams.fedadagrad = {"eta": 1e-3, "tau": 1e-3}
     return config

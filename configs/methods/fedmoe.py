@@ -1,4 +1,4 @@
-"""FedMoE-style: clients train the experts that they use most; each is averaged over the clients that hold it.
+"""FedMoE-style: clients train the experts that they use most; each is averaged over the clients that train it.
 
     python -m flex_jax.main --config configs/methods/fedmoe.py
 

@@ -2,7 +2,7 @@
 
     python -m flex_jax.main --config configs/methods/fedper.py
 
-One personal layer is the least; the paper, on other models, compares several cuts.
+One personal layer is the smallest choice. The paper compares several, on other models.
 """
 
 from flex_jax.config import default_config
@@ -11,5 +11,5 @@ from flex_jax.config import default_config
 def get_config():
     config = default_config()
     config.methods = ("fedper",)
-    config.client.personal_layers = 1
+    config.hparams.fedper = {"personal_layers": 1}
     return config

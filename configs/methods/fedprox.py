@@ -11,5 +11,5 @@ from flex_jax.config import default_config
 def get_config():
     config = default_config()
     config.methods = ("fedprox",)
-    config.client.proximal_mu = 0.01
+    config.hparams.fedprox = {"mu": 0.01}
     return config

@@ -1,4 +1,4 @@
-"""FedRep on LoRA (arXiv 2102.07078): FedPer's cut; a client first trains its upper layers, then the shared ones.
+"""FedRep on LoRA (arXiv 2102.07078): FedPer's cut; a client trains its upper layers first, then the shared ones.
 
     python -m flex_jax.main --config configs/methods/fedrep.py
 
@@ -11,6 +11,5 @@ from flex_jax.config import default_config
 def get_config():
     config = default_config()
     config.methods = ("fedrep",)
-    config.client.personal_layers = 1
-    config.client.personal_steps = 0.8
+    config.hparams.fedrep = {"personal_layers": 1, "personal_steps": 0.8}
     return config

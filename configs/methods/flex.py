@@ -2,8 +2,8 @@
 
     python -m flex_jax.main --config configs/methods/flex.py
 
-The numbers of the slot are the paper's: one grafted expert in a layer, chosen by reconstruction and fully trained,
-behind a gate that starts from its router row. They are the defaults, written out.
+The slot is the paper's: one grafted expert per layer, selected by reconstruction and trained in full, with a gate that
+starts from the expert's router row. These are the defaults, written out.
 """
 
 from flex_jax.config import default_config

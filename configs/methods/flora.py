@@ -13,7 +13,7 @@ def get_config():
     config.methods = ("flora",)
     config.clients = 10
     config.data.partition = "dirichlet"
-    config.client.ranks = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
+    config.hparams.flora = {"ranks": (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)}
     config.lora.rank = 64
     config.lora.alpha = 128.0
     return config

@@ -2,7 +2,7 @@
 
     python -m flex_jax.main --config configs/methods/local.py
 
-It has no numbers of its own; the setting is the reference one of configs/default.py.
+It has no hyperparameters; the setting is the reference one of configs/default.py.
 """
 
 from flex_jax.config import default_config

@@ -2,7 +2,7 @@
 
     python -m flex_jax.main --config configs/methods/scaffold.py
 
-It has no numbers of its own: its server's step is 1, the paper's choice in its experiments.
+It has no hyperparameters here: the server's step is 1, the paper's choice in its experiments.
 """
 
 from flex_jax.config import default_config

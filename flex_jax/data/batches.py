@@ -1,4 +1,4 @@
-"""Token arrays of a client, and the batches that training, calibration and evaluation take from them."""
+"""Token arrays of clients, and the batches for training, calibration and evaluation."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,23 +8,23 @@ from transformers import PreTrainedTokenizerBase
 
 from flex_jax.data.prompts import encode
 
-ROUND_STREAM = 5  # tells this module's random streams from those of partition.py
+ROUND_STREAM = 5  # keeps the random streams of this module different from those of partition.py
 
 
 class ClientDataset(NamedTuple):
-    """A client's N examples, right-padded to S tokens."""
+    """The N examples of a client, right-padded to S tokens."""
 
     name: str
     tokens: np.ndarray  # [N, S] int32
-    lengths: np.ndarray  # [N] int32: tokens of an example
-    prompt_lengths: np.ndarray  # [N] int32: how many of them are the prompt's
+    lengths: np.ndarray  # [N] int32: tokens of each example
+    prompt_lengths: np.ndarray  # [N] int32: tokens of its prompt
 
 
 class Batch(NamedTuple):
-    """Examples with any leading axes.
+    """Examples with any number of leading axes.
 
-    loss_mask is 1 at the targets: the positions whose token belongs to the response or ends it. The token at position
-    t is predicted from those before t, so position 0 is never a target.
+    loss_mask is 1 at the target positions: the tokens of the response and its end of sequence. A token is predicted
+    from the tokens before it, so position 0 is never a target.
     """
 
     tokens: np.ndarray  # [..., B, S] int32
@@ -34,14 +34,9 @@ class Batch(NamedTuple):
 def encode_client(
     name: str, records: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, sequence_length: int
 ) -> ClientDataset:
-    """Tokens of all `records` of one client, in their order; padding is the end-of-sequence token.
-
-    Raises:
-        InputError: sequence_length is too short for the prompt's heading (see `prompts.encode`).
-    """
+    """Returns the records of a client as tokens, in their order, padded with the end-of-sequence token."""
     tokens = np.full((len(records), sequence_length), tokenizer.eos_token_id, np.int32)
-    lengths = np.zeros(len(records), np.int32)
-    prompt_lengths = np.zeros(len(records), np.int32)
+    lengths, prompt_lengths = np.zeros((2, len(records)), np.int32)
     for row, record in enumerate(records):
         ids, prompt_lengths[row] = encode(record, tokenizer, sequence_length)
         lengths[row] = len(ids)
@@ -49,82 +44,71 @@ def encode_client(
     return ClientDataset(name, tokens, lengths, prompt_lengths)
 
 
-def mixed(datasets: Sequence[ClientDataset], examples: int) -> ClientDataset:
-    """One data set of up to `examples` examples, the first of all clients, then the second of all, and so on."""
-    turns = [(row, client) for client, dataset in enumerate(datasets) for row in range(len(dataset.tokens))]
-    picked = sorted(turns)[:examples]
-    columns = ("tokens", "lengths", "prompt_lengths")
-    arrays = [np.stack([getattr(datasets[client], column)[row] for row, client in picked]) for column in columns]
-    return ClientDataset("common", *arrays)
+def interleave(datasets: Sequence[ClientDataset], num_examples: int) -> ClientDataset:
+    """Returns up to `num_examples` examples: the first of every client, then the second of every client, and so on."""
+    turns = sorted((row, client) for client, dataset in enumerate(datasets) for row in range(len(dataset.tokens)))
+    examples = [[array[row] for array in datasets[client][1:]] for row, client in turns[:num_examples]]
+    return ClientDataset("pooled", *map(np.stack, zip(*examples, strict=True)))
 
 
 def round_batches(
     datasets: Sequence[ClientDataset],
-    cohort: Sequence[int],
+    cohort: Sequence[int] | np.ndarray,
     *,
     round: int,
     seed: int,
     local_steps: int,
     batch_size: int,
 ) -> Batch:
-    """What the clients of `cohort` train on in one round: leading axes [C, local_steps], then [B, S].
+    """Returns the training batches of one round: leading axes [C, local_steps], then [B, S].
 
-    A client draws local_steps * batch_size examples without replacement; one that has fewer goes over them again,
-    each time in a new order. The draw depends on (seed, client, round) alone, not on the rest of the cohort.
+    A client draws local_steps * batch_size examples without replacement. If it has fewer, it repeats them, in a new
+    order each time. The draw depends only on (seed, client, round), not on the rest of the cohort.
     """
-    batches = []
+    batches, count = [], local_steps * batch_size
     for client in cohort:
         rng = np.random.default_rng([seed, ROUND_STREAM, client, round])
-        rows = _draw(len(datasets[client].tokens), local_steps * batch_size, rng)
+        num_examples = len(datasets[client].tokens)
+        passes = -(-count // num_examples)
+        rows = np.concatenate([rng.permutation(num_examples) for _ in range(passes)])[:count]
         batches.append(_take(datasets[client], rows.reshape(local_steps, batch_size)))
     return _stack(batches)
 
 
 def calibration_batches(
-    dataset: ClientDataset, *, examples: int, batch_size: int
+    dataset: ClientDataset, *, num_examples: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(input_ids [B, S] int32, attention_mask [B, S] int32) over the first `examples` examples, whole sequences.
+    """Yields (input_ids, attention_mask), both [B, S] int32, for the first `num_examples` examples.
 
-    The last batch is filled up with rows whose attention_mask is all 0, so that every batch has the same shape.
+    All batches have the same shape: the last one is filled with rows whose attention_mask is 0.
     """
-    count = min(examples, len(dataset.tokens))
+    count = min(num_examples, len(dataset.tokens))
     attention_mask = (np.arange(dataset.tokens.shape[1]) < dataset.lengths[:, None]).astype(np.int32)
     for start in range(0, count, batch_size):
-        rows = np.arange(start, start + batch_size)
-        present = (rows < count).astype(np.int32)
-        rows = np.minimum(rows, count - 1)
-        yield dataset.tokens[rows], attention_mask[rows] * present[:, None]
+        wanted = np.arange(start, start + batch_size)
+        rows = np.minimum(wanted, count - 1)
+        yield dataset.tokens[rows], attention_mask[rows] * (wanted < count)[:, None]
 
 
 def evaluation_batches(datasets: Sequence[ClientDataset], batch_size: int) -> list[Batch]:
-    """Every client's examples once, in order and in step: batches with leading axes [C, B, S].
+    """Returns every example of every client once, in order, as batches with leading axes [C, B, S].
 
-    A client with fewer examples than the largest goes on with rows whose loss_mask is all 0.
+    Clients with fewer examples than the largest are filled with rows whose loss_mask is 0.
     """
     longest = max(len(dataset.tokens) for dataset in datasets)
     return [
-        _stack([_take_in_order(dataset, np.arange(start, start + batch_size)) for dataset in datasets])
+        _stack([_take(dataset, np.arange(start, start + batch_size)) for dataset in datasets])
         for start in range(0, longest, batch_size)
     ]
 
 
-def _draw(examples: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    passes = -(-count // examples)
-    return np.concatenate([rng.permutation(examples) for _ in range(passes)])[:count]
-
-
-def _take(dataset: ClientDataset, rows: np.ndarray) -> Batch:
-    """The examples `rows` [...] of a dataset: a batch [..., S]."""
+def _take(dataset: ClientDataset, wanted: np.ndarray) -> Batch:
+    """Returns the examples with these numbers. An example past the last one has a loss_mask of 0."""
+    rows = np.minimum(wanted, len(dataset.tokens) - 1)
     position = np.arange(dataset.tokens.shape[1])
     first_target = np.maximum(dataset.prompt_lengths[rows], 1)[..., None]
-    target = (position >= first_target) & (position < dataset.lengths[rows][..., None])
+    target = (position >= first_target) & (position < dataset.lengths[rows][..., None]) & (rows == wanted)[..., None]
     return Batch(dataset.tokens[rows], target.astype(np.float32))
-
-
-def _take_in_order(dataset: ClientDataset, rows: np.ndarray) -> Batch:
-    last = len(dataset.tokens) - 1
-    batch = _take(dataset, np.minimum(rows, last))
-    return batch._replace(loss_mask=batch.loss_mask * (rows <= last)[:, None].astype(np.float32))
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:

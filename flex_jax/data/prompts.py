@@ -1,6 +1,6 @@
-"""The Alpaca prompt as FLEx (arXiv 2506.00965) trains on it, and its tokens.
+"""The Alpaca prompt on which FLEx (arXiv 2506.00965) trains, and its tokens.
 
-Prompt and response are tokenised apart, so that the prompt's tokens in training are those that generation starts from.
+Prompt and response are tokenised separately, so that generation starts from the prompt tokens seen in training.
 """
 
 from transformers import PreTrainedTokenizerBase
@@ -15,49 +15,35 @@ TEMPLATE = (
 
 
 def prompt_text(record: dict[str, str]) -> str:
-    """The prompt of a record, up to and including "### Response:".
+    """Returns the prompt of a record, up to and including "### Response:".
 
-    The blank between instruction and context stands wherever the record has a context, be it empty, as in the
-    authors' code.
+    As in the authors' code, a space follows the instruction if the record has a context, even an empty one.
     """
-    question = record["instruction"] + " " + record["context"] if "context" in record else record["instruction"]
-    return TEMPLATE.format(question)
+    return TEMPLATE.format(" ".join(record[key] for key in ("instruction", "context") if key in record))
 
 
 def encode(record: dict[str, str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> tuple[list[int], int]:
-    """Tokens of prompt, response and end of sequence, at most `sequence_length`, and how many are the prompt's.
+    """Returns the tokens of prompt, response and end of sequence, and how many of them belong to the prompt.
 
-    Where both do not fit, the response keeps at least its first sequence_length // 2 tokens and the prompt loses the
-    end of its instruction and context, never its heading "### Response:". A response that was cut ends without the
-    end of sequence.
-
-    Raises:
-        InputError: sequence_length leaves no room for the heading.
+    If they exceed `sequence_length`, the response keeps at least its first sequence_length // 2 tokens. The prompt is
+    cut at the end of its instruction and context; its heading "### Response:" is never cut. A response that is cut has
+    no end of sequence. Raises InputError if there is no room for the heading.
     """
     prompt, heading = _prompt_tokens(record, tokenizer)
     response = tokenizer(" " + record["response"], add_special_tokens=False, verbose=False)["input_ids"]
-    response = response + [tokenizer.eos_token_id]
-    response = response[: max(sequence_length // 2, sequence_length - len(prompt))]
+    response = [*response, tokenizer.eos_token_id][: max(sequence_length // 2, sequence_length - len(prompt))]
     prompt = _cut_prompt(prompt, heading, sequence_length - len(response))
     return prompt + response, len(prompt)
 
 
 def encode_prompt(record: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    """Tokens of the prompt alone, to generate from: at most `max_length`, cut as `encode` cuts them.
-
-    Raises:
-        InputError: max_length leaves no room for the heading "### Response:".
-    """
+    """Returns the tokens of the prompt to generate from: at most `max_length`, cut as in `encode`."""
     return _cut_prompt(*_prompt_tokens(record, tokenizer), max_length)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Checks that the tokenizer fits a model of `vocab_size` embedding rows.
-
-    Raises:
-        InputError: it has no vocabulary, some token has no embedding, or there is no end-of-sequence token to learn.
-    """
-    if not tokenizer("a few words", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files
+    """Raises InputError if the tokenizer does not work or does not fit a model with `vocab_size` embedding rows."""
+    if not tokenizer("a few words", add_special_tokens=False)["input_ids"]:  # transformers loads a folder without files
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} gives no tokens: its files are missing or empty")
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token; set it in tokenizer_config.json")
@@ -70,7 +56,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None
 
 
 def _prompt_tokens(record: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Tokens of the whole prompt, and how many at its end cover the heading (the first may also cover text before)."""
+    """Returns the tokens of the prompt, and how many cover the heading at its end; the first may cover more."""
     text = prompt_text(record)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     heading_start = len(text) - len(RESPONSE_HEADING)

@@ -1,7 +1,7 @@
 """Records from a file, a directory, the Hugging Face Hub or the embedded tiny task set.
 
-A record is a plain dict of strings with the keys instruction, context, response and category, and the source's other
-columns under their own names.
+A record is a dict of strings with the keys instruction, context, response and category. The source's other columns keep
+their names.
 """
 
 import gzip
@@ -10,13 +10,14 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from flex_jax import tiny
 from flex_jax.errors import InputError
 
 
 class Fields(NamedTuple):
-    """Which column of a source holds which key of a record; category is the one where the source names none."""
+    """Names of a source's columns, and the category of its records if it has no column for it."""
 
     instruction: str
     response: str
@@ -24,10 +25,11 @@ class Fields(NamedTuple):
     category: str
 
     def columns(self) -> tuple[str, ...]:
+        """Returns the columns that the source must have."""
         return tuple(c for c in (self.instruction, self.context, self.response) if c is not None)
 
 
-# "auto" takes the first whose columns are all present, so the more specific come first.
+# "auto" takes the first entry whose columns are all present, so the more specific ones come first.
 FIELDS = {
     "dolly": Fields("instruction", "response", "context", "dolly"),
     "alpaca": Fields("instruction", "output", "input", "alpaca"),
@@ -37,87 +39,71 @@ FIELDS = {
 }
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
-Row = tuple[str, dict]  # the place of a row, for error lines, and its columns
+Row = tuple[str, dict[str, Any]]  # the place of a row, for error messages, and its columns
 
 
 def load_records(path: str | Path, *, split: str = "train", fields: str = "auto") -> list[dict[str, str]]:
-    """All records of `path`, in the order of the source.
+    """Returns all records of a source, in its order.
+
+    A missing or null context becomes an empty one. In columns that `fields` does not name, numbers become strings, and
+    lists, objects and nulls are dropped. If the source is missing or damaged, raises InputError with the file and the
+    line or record (from 1).
 
     Args:
-        path: "tiny" (the embedded task set), a local file (.json list, .jsonl, .parquet; the first two also .gz), a
+        path: "tiny" (the embedded task set), a local file (a .json list, .jsonl or .parquet; the first two also .gz), a
             directory of such files (read in sorted order), or the name of a dataset on the Hugging Face Hub.
         split: the split of a Hub dataset; local files have none.
-        fields: a name of FIELDS, or "auto" for the first of them whose columns the source has.
-
-    Numbers in columns that the mapping does not name become strings; such columns' lists, objects and nulls are left
-    out. A null or absent context is an empty one.
-
-    Raises:
-        InputError: whatever is wrong with the source, with its file and line (or record number, from 1).
+        fields: a key of FIELDS, or "auto" for the first entry whose columns the source has.
     """
     if fields != "auto" and fields not in FIELDS:
         raise InputError(f"data.fields={fields!r} is unknown; choose auto or one of {', '.join(FIELDS)}")
-    rows = list(_rows(str(path), split))
-    if not rows:
-        raise InputError(f"{path}: no record in it")
+    rows = _rows(str(path), split)
     mapping = _choose_fields(fields, rows)
     return [_record(place, row, mapping) for place, row in rows]
 
 
-def _rows(path: str, split: str) -> Iterator[Row]:
+def _rows(path: str, split: str) -> list[Row]:
     if path == "tiny":
-        from flex_jax.tiny.tasks import make_records
-
-        return _numbered("tiny", make_records())
+        return _numbered("tiny", (row for _, row in file_rows(tiny.TASKS)))
     local = Path(path).expanduser()
     if local.is_dir():
-        return _directory_rows(local)
+        files = sorted(f for f in local.iterdir() if f.name.endswith(SUFFIXES) and not f.name.startswith("."))
+        if not files:
+            raise InputError(f"{local}: no file in it ends in one of {', '.join(SUFFIXES)}")
+        return [row for file in files for row in file_rows(file)]
     if local.exists():
         return file_rows(local)
-    # A Hub name may end in a version (".5") but not in a file's suffix, and has at most one slash.
+    # A Hub name may end in a version (".5") but not in a file suffix, and has at most one slash.
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and not re.search(r"\.[A-Za-z]\w*$", path):
         return _hub_rows(path, split)
     raise InputError(f"{path}: no such file or directory")
 
 
-def _directory_rows(directory: Path) -> Iterator[Row]:
-    files = sorted(f for f in directory.iterdir() if f.name.endswith(SUFFIXES) and not f.name.startswith("."))
-    if not files:
-        raise InputError(f"{directory}: no file in it ends in one of {', '.join(SUFFIXES)}")
-    for file in files:
-        yield from file_rows(file)
-
-
-def file_rows(file: Path) -> Iterator[Row]:
-    """Place and columns of every row of one local file. Raises InputError as `load_records`."""
+def file_rows(file: Path) -> list[Row]:
+    """Returns the place and the columns of every row of a local file. Raises InputError as in `load_records`."""
     if not file.name.endswith(SUFFIXES):
         raise InputError(f"{file}: the file's name must end in one of {', '.join(SUFFIXES)}")
     if file.name.endswith(".parquet"):
         rows = _parquet_rows(file)
     elif file.name.removesuffix(".gz").endswith(".jsonl"):
-        lines = ((number, line.rstrip()) for number, line in _lines(file))  # a newline would count as a line
-        rows = ((f"{file}:{number}", _parse(line, file, number)) for number, line in lines if line)
+        lines = ((number, line.rstrip()) for number, line in _lines(file))  # a JSON error counts a newline as a line
+        rows = [(f"{file}:{number}", _parse(line, file, number)) for number, line in lines if line]
     else:
-        rows = _json_list_rows(file)
-    empty = True
+        text = "".join(line for _, line in _lines(file))
+        found = _parse(text, file, 1) if text.strip() else []
+        if not isinstance(found, list):
+            kind = type(found).__name__
+            raise InputError(f"{file}: must be a list of records, not {kind}; use .jsonl for one record per line")
+        rows = _numbered(file, found)
     for place, row in rows:
-        empty = False
         if not isinstance(row, dict):
             raise InputError(f"{place}: a record must be an object, not {type(row).__name__}")
-        yield place, row
-    if empty:
+    if not rows:
         raise InputError(f"{file}: no record in it")
+    return rows
 
 
-def _json_list_rows(file: Path) -> Iterator[Row]:
-    text = "".join(line for _, line in _lines(file))
-    rows = _parse(text, file, 1) if text.strip() else []
-    if not isinstance(rows, list):
-        raise InputError(f"{file}: must hold a list of records, not {type(rows).__name__}; one a line is .jsonl")
-    return _numbered(str(file), rows)
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -125,29 +111,32 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{file}: not a readable parquet file ({_one_line(error)})") from error
-    return _numbered(str(file), table.to_pylist())
+    return _numbered(file, table.to_pylist())
 
 
-def _hub_rows(name: str, split: str) -> Iterator[Row]:
+def _hub_rows(name: str, split: str) -> list[Row]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         dataset = datasets.load_dataset(name, split=split)
-    # OSError covers a missing dataset, no network and offline mode; ValueError a wrong split or configuration.
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    # OSError: a missing dataset, no network or offline mode. ValueError: a wrong split or configuration.
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{name}: not a local file, and split {split!r} could not be had from the Hugging Face Hub "
+            f"{name}: not a local file, and split {split!r} could not be loaded from the Hugging Face Hub "
             f"({_one_line(error)}); download the dataset {name} and set data.path to its file"
         ) from error
-    return _numbered(f"{name} ({split})", dataset)
+    if not (rows := _numbered(f"{name} ({split})", dataset)):
+        raise InputError(f"{name}: no record in it")
+    return rows
 
 
-def _numbered(source: str, rows: Iterable) -> Iterator[Row]:
-    return ((f"{source}: record {number}", row) for number, row in enumerate(rows, 1))
+def _numbered(source: str | Path, rows: Iterable[Any]) -> list[Row]:
+    return [(f"{source}: record {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of a text file that may be gzipped; only "\\n" ends a line."""
+    """Yields (line number from 1, line) of a text file that may be gzipped. Only a newline ends a line."""
     number = 0
     try:
         with gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb") as stream:
@@ -159,7 +148,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{file}:{number + 1}: cannot be read ({_one_line(error)})") from error
 
 
-def _parse(text: str, file: Path, first_line: int) -> object:
+def _parse(text: str, file: Path, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -169,11 +158,7 @@ def _parse(text: str, file: Path, first_line: int) -> object:
 
 def _choose_fields(name: str, rows: list[Row]) -> Fields:
     found = set().union(*(row for _, row in rows))
-    if name != "auto":
-        candidates = [FIELDS[name]]
-    else:
-        candidates = list(FIELDS.values())
-    for mapping in candidates:
+    for mapping in FIELDS.values() if name == "auto" else [FIELDS[name]]:
         if found.issuperset(mapping.columns()):
             return mapping
     wanted = "; ".join(f"{key} ({', '.join(mapping.columns())})" for key, mapping in FIELDS.items())
@@ -183,11 +168,11 @@ def _choose_fields(name: str, rows: list[Row]) -> Fields:
     )
 
 
-def _record(place: str, row: dict, mapping: Fields) -> dict[str, str]:
-    context, category = row.get(mapping.context), row.get("category")
+def _record(place: str, row: dict[str, Any], mapping: Fields) -> dict[str, str]:
+    context, category = mapping.context, row.get("category")
     mapped = {
         "instruction": text_column(place, row, mapping.instruction),
-        "context": "" if context is None else text_column(place, row, mapping.context, blank=True),
+        "context": "" if context is None or row.get(context) is None else text_column(place, row, context, blank=True),
         "response": text_column(place, row, mapping.response),
         "category": mapping.category if category in (None, "") else text_column(place, row, "category"),
     }
@@ -199,8 +184,8 @@ def _record(place: str, row: dict, mapping: Fields) -> dict[str, str]:
     return mapped | others
 
 
-def text_column(place: str, row: dict, column: str, blank: bool = False) -> str:
-    """The text in a column of a row. Raises InputError where it is missing, no text or, unless `blank`, empty."""
+def text_column(place: str, row: dict[str, Any], column: str, *, blank: bool = False) -> str:
+    """Returns the text in a column of a row. Raises InputError if it is no valid text, or is empty without `blank`."""
     value = row.get(column)
     if value is None:
         raise InputError(f"{place}: the record has no {column}")
@@ -208,9 +193,9 @@ def text_column(place: str, row: dict, column: str, blank: bool = False) -> str:
         raise InputError(f"{place}: {column} must be a string, not {type(value).__name__}")
     if not blank and not value.strip():
         raise InputError(f"{place}: {column} is empty")
-    # JSON can spell half a surrogate pair ("\ud83d"), which no tokenizer takes.
+    # JSON can contain half a surrogate pair ("\ud83d"), which no tokenizer accepts.
     if re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{place}: {column} holds half a surrogate pair, which is not text")
+        raise InputError(f"{place}: {column} contains half a surrogate pair, which is not text")
     return value
 
 

@@ -1,17 +1,17 @@
 """Every client's scores on its own held-out examples."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from flex_jax.data.batches import Batch
-from flex_jax.evaluation.generation import generate_texts
+from flex_jax.evaluation.generation import GenerationSettings, decode, generate_tokens
 from flex_jax.evaluation.loss import evaluation_loss
 from flex_jax.evaluation.rouge import rouge
-from flex_jax.federated.method import Recipe
-from flex_jax.federated.state import ClientState, Frozen, ServerState
+from flex_jax.federated.client import ClientModels
+from flex_jax.results import ClientScores, Example
 
-EXAMPLES_SHOWN = 3  # generated answers a client's scores carry with them, for the report
+EXAMPLES_SHOWN = 3  # generated answers in a client's scores, for the report
 
 
 class HeldOut(NamedTuple):
@@ -21,44 +21,25 @@ class HeldOut(NamedTuple):
     prompts: list[list[list[int]]]  # token ids per client and record
     batches: list[Batch]  # the same records with their responses, leading axes [C, B, S]
 
+    def select(self, client_ids) -> "HeldOut":
+        """Returns the examples of some of the clients, in this order."""
+        batches = [Batch(batch.tokens[client_ids], batch.loss_mask[client_ids]) for batch in self.batches]
+        return HeldOut([self.records[i] for i in client_ids], [self.prompts[i] for i in client_ids], batches)
 
-def evaluate(
-    recipe: Recipe,
-    frozen: Frozen,
-    server: ServerState,
-    clients: ClientState,
-    held_out: HeldOut,
-    tokenizer,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[dict]:
-    """Per client: eval_loss (nats per response token), perplexity, ROUGE of greedy answers (percent), examples."""
-    losses = evaluation_loss(recipe, frozen, server, clients, held_out.batches)
-    answers = generate_texts(
-        recipe,
-        frozen,
-        server,
-        clients,
-        held_out.prompts,
-        tokenizer,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
+
+def evaluate(models: ClientModels, held_out: HeldOut, tokenizer, settings: GenerationSettings) -> list[ClientScores]:
+    """Returns each client's loss (nats per response token), perplexity, ROUGE of greedy answers (percent), examples."""
+    losses = evaluation_loss(models, held_out.batches)
+    answers = generate_tokens(models, held_out.prompts, settings)
     scores = []
-    for loss, records, predictions in zip(losses, held_out.records, answers, strict=True):
-        apart = -(-len(records) // EXAMPLES_SHOWN)  # spread over the client's records, which may be in order of task
-        shown = [
-            {
-                "instruction": record["instruction"],
-                "context": record.get("context", ""),
-                "reference": record["response"],
-                "prediction": prediction,
-            }
-            for record, prediction in list(zip(records, predictions, strict=True))[::apart]
+    for loss, records, ids in zip(losses, held_out.records, answers, strict=True):
+        predictions, references = decode(ids, tokenizer), [record["response"] for record in records]
+        examples = [
+            Example(instruction=record["instruction"], context=record["context"], reference=reference, prediction=text)
+            for record, reference, text in zip(records, references, predictions, strict=True)
         ]
+        step = -(-len(records) // EXAMPLES_SHOWN)  # spread over the records, which may be in order of task
         perplexity = float(np.exp(min(loss, 700.0)))
-        references = [record["response"] for record in records]
-        scores.append({"eval_loss": float(loss), "perplexity": perplexity, **rouge(predictions, references)})
-        scores[-1]["examples"] = shown
+        client = {"eval_loss": float(loss), "perplexity": perplexity, **rouge(predictions, references)}
+        scores.append(cast(ClientScores, client | {"examples": examples[::step]}))
     return scores

@@ -1,31 +1,25 @@
-"""Loss on held-out responses, every client's with its own adapters."""
+"""Loss on held-out responses, every client with its own model."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import numpy as np
 
 from flex_jax.data.batches import Batch
-from flex_jax.federated.client import collections
-from flex_jax.federated.method import Recipe
-from flex_jax.federated.state import ClientState, Frozen, ServerState
+from flex_jax.federated.client import ClientModels
 from flex_jax.models.objective import response_loss
 
 
-@partial(jax.jit, static_argnums=0)
-def _batch_loss(recipe, frozen, server, clients, batch):
+@jax.jit
+def _batch_loss(models: ClientModels, batch: Batch):
     def one(client, batch):
-        variables = collections(recipe, frozen, server, client)
-        return response_loss(recipe.model, variables, batch.tokens, batch.loss_mask)
+        return response_loss(models.spec.model, models.variables(client), batch.tokens, batch.loss_mask)
 
-    return jax.vmap(one)(clients, batch)
+    return jax.vmap(one)(models.clients, batch)
 
 
-def evaluation_loss(
-    recipe: Recipe, frozen: Frozen, server: ServerState, clients: ClientState, batches: Sequence[Batch]
-) -> np.ndarray:
-    """Mean cross-entropy per response token, nats, [C] float64. batches: leading axes [C, B, S]."""
-    sums = [_batch_loss(recipe, frozen, server, clients, batch) for batch in batches]
+def evaluation_loss(models: ClientModels, batches: Sequence[Batch]) -> np.ndarray:
+    """Returns the mean cross-entropy per response token in nats, [C] float64. batches: leading axes [C, B, S]."""
+    sums = [_batch_loss(models, batch) for batch in batches]
     total, count = np.asarray(jax.device_get(sums), np.float64).sum(0)
     return total / count

@@ -1,76 +1,116 @@
-"""One client's round: a scan over local steps on what its method trains."""
+"""One client's round, a scan over local steps, and the client's model at any time."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from flex_jax.data.batches import Batch
+from flex_jax.federated.cohort_sharding import sum_gradients_over, sum_over
 from flex_jax.federated.compression import compress
-from flex_jax.federated.method import Received, Recipe
-from flex_jax.federated.placement import merge
-from flex_jax.federated.sharding import replicated, summed
+from flex_jax.federated.method import ClientContext, Download, Loss, MethodSpec, ServerRule, Upload
+from flex_jax.federated.ownership import merge
 from flex_jax.federated.state import ClientState, ClientUpdate, Frozen, ServerState
 from flex_jax.models.objective import response_loss
 
 
-def receive(
-    recipe: Recipe, server: ServerState, client: ClientState, *, round=0, learning_rate=1.0, steps: int = 1
-) -> Received:
-    """What one client has at hand at the beginning of a round."""
-    rules = recipe.method.server
-    download = {"shared": server.shared, **rules.broadcast(server.kept)}
-    known, settings = rules.known(server.kept), recipe.settings
-    received = Received(download, known, client, round, learning_rate, steps, settings)
-    return received._replace(download=recipe.method.client.take(received))
+class OptimizerSettings(NamedTuple):
+    """The clients' AdamW. Its learning rate falls along a cosine over the rounds."""
+
+    num_rounds: int
+    learning_rate: float  # of the first round
+    final_learning_rate: float  # that the cosine approaches
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
 
 
-def collections(recipe: Recipe, frozen: Frozen, server: ServerState, client: ClientState) -> dict:
-    """The model's collections for one client."""
-    received = receive(recipe, server, client)
-    tree = merge(frozen.adapters, received.download["shared"], client.personal)
-    return {"params": frozen.params, "adapters": recipe.method.compose(tree, received), "grafts": client.grafts}
+class LocalTraining(NamedTuple):
+    """What is static about a client's round."""
+
+    spec: MethodSpec
+    optimizer: OptimizerSettings
+    axes: tuple[str, ...] = ()  # mesh axes that divide the rows of a client's batch
 
 
-def exchanged(recipe: Recipe, server: ServerState, client: ClientState) -> tuple[dict, dict]:
-    """(upload, download) of one client in a round as shapes, before compression."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClientModels:
+    """The models of C clients, or the aggregated model as the only one: everything that makes them answer."""
+
+    spec: MethodSpec = field(metadata={"static": True})
+    frozen: Frozen
+    server: ServerState
+    clients: ClientState  # leading axis C
+
+    def variables(self, client: ClientState) -> dict:
+        """Returns the Flax collections of one client's model; `client` has no axis C."""
+        return client_variables(self.spec, self.frozen, self.server, client)
+
+
+def visible_extra(rule: ServerRule, server: ServerState, visibility: str) -> dict:
+    return server.extra if rule.extra_visibility == visibility else {}
+
+
+def client_context(
+    spec: MethodSpec, server: ServerState, client: ClientState, round, learning_rate, num_steps: int
+) -> ClientContext:
+    """Returns what one client has at the start of a round. Evaluation and shapes call it with a dummy round."""
+    rule = spec.method.server
+    download = Download(server.shared, visible_extra(rule, server, "broadcast"))
+    replicated_extra = visible_extra(rule, server, "replicated")
+    context = ClientContext(download, replicated_extra, client, round, learning_rate, num_steps)
+    return context._replace(download=spec.method.client.select_download(context))
+
+
+def client_variables(spec: MethodSpec, frozen: Frozen, server: ServerState, client: ClientState) -> dict:
+    """Returns the Flax collections of one client's model."""
+    context = client_context(spec, server, client, 0, 1.0, 1)
+    tree = merge(frozen.adapters, context.download.shared, client.personal)
+    adapters = spec.method.compose(tree, client.extra, context.replicated)
+    return {"params": frozen.params, "adapters": adapters, "grafts": client.grafts}
+
+
+def exchanged(spec: MethodSpec, server: ServerState, client: ClientState) -> tuple[Upload, Download]:
+    """Returns the upload, before compression, and the download of one client, as shapes."""
 
     def one(server, client):
-        received = receive(recipe, server, client)
-        trained = recipe.method.client.begin(received, lambda tree: jnp.float32(0.0))
-        return recipe.method.client.finish(received, trained).upload, received.download
+        context = client_context(spec, server, client, 0, 1.0, 1)
+        trained = spec.method.client.init_trained(context, lambda tree: jnp.float32(0.0))
+        return spec.method.client.make_result(context, trained).upload, context.download
 
     return jax.eval_shape(one, server, client)
 
 
 def client_round(
-    recipe: Recipe,
-    received: Received,
-    frozen: Frozen,
-    batches: Batch,
-    key: jax.Array,
-    *,
-    weight_decay: float,
-    clip_norm: float,
-    axes: tuple[str, ...] = (),
+    training: LocalTraining, frozen: Frozen, context: ClientContext, batches: Batch, key: jax.Array
 ) -> ClientUpdate:
-    """Train one client from what it received on batches [steps, B, S]; the mean loss of a step is over its response
-    tokens. AdamW, whose moments start anew every round, behind clipping by the joint norm of all that the client
-    trains; the method's rule says what is changed of that. Metrics: train_loss (nats a token) and grad_norm (before
-    clipping and the method's corrections), means over steps; the bytes of what the client was sent and sends. axes: of
-    the mesh, over which the rows of a batch are divided; each device draws dropout of its own."""
-    rule, client, numbers = recipe.method.client, received.client, recipe.settings.client
-    adamw = optax.adamw(received.learning_rate, weight_decay=weight_decay)
-    optimizer = rule.optimizer(received, optax.clip_by_global_norm(clip_norm), adamw)
+    """Trains one client on batches [steps, B, S].
 
-    def loss_on(batch, step_key):
+    A step minimises the method's objective, by default the mean loss over response tokens. The optimizer is AdamW after
+    clipping by the joint norm of everything that the client trains, unless the method changes it; its moments start
+    from zero in every round. On a mesh each device draws its own dropout.
+
+    The metrics train_loss (nats per token) and grad_norm (before clipping and the method's corrections) are means over
+    steps; upload_bytes and download_bytes are `ByteCount`.
+    """
+    (spec, settings, axes), client = training, context.state
+    rule = spec.method.client
+    adamw = optax.adamw(context.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = rule.optimizer(context, optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+    def loss_on(batch, step_key) -> Loss:
         if axes and step_key is not None:
             step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axes))
 
         def loss(tree):
-            adapters = recipe.method.compose(merge(frozen.adapters, replicated(axes, tree)), received)
+            tree = merge(frozen.adapters, sum_gradients_over(axes, tree))
+            adapters = spec.method.compose(tree, client.extra, context.replicated)
             variables = {"params": frozen.params, "adapters": adapters, "grafts": client.grafts}
-            total, count = response_loss(recipe.model, variables, batch.tokens, batch.loss_mask, step_key)
-            return summed(axes, total) / jnp.maximum(jax.lax.psum(count, axes), 1.0)
+            total, count = response_loss(spec.model, variables, batch.tokens, batch.loss_mask, step_key)
+            summed_loss: Any = sum_over(axes, total)
+            return summed_loss / jnp.maximum(jax.lax.psum(count, axes), 1.0)
 
         return loss
 
@@ -78,25 +118,25 @@ def client_round(
         trained, opt_state = carry
 
         def minimised(trained):
-            return rule.objective(received, trained, loss_on(*inputs))
+            return rule.objective(context, trained, loss_on(*inputs))
 
         (_, value), gradients = jax.value_and_grad(minimised, has_aux=True)(trained)
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
         return (optax.apply_updates(trained, updates), opt_state), (value, optax.tree.norm(gradients))
 
-    step_keys = jax.random.split(key, received.steps)
-    first = jax.tree.map(lambda leaf: leaf[0], batches)
-    start = rule.begin(received, loss_on(first, None))
-    (trained, _), (losses, norms) = jax.lax.scan(step, (start, optimizer.init(start)), (batches, step_keys))
-    upload, personal, kept = rule.finish(received, trained)
-    sent, residual = compress(
-        upload,
+    step_keys = jax.random.split(key, context.num_steps)
+    first_batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    trained: Any = rule.init_trained(context, loss_on(first_batch, None))  # without a key there is no dropout
+    (trained, _), (losses, norms) = jax.lax.scan(step, (trained, optimizer.init(trained)), (batches, step_keys))
+    result = rule.make_result(context, trained)
+    packed, residual = compress(
+        result.upload,
         client.residual,
-        jax.random.fold_in(key, received.steps),
-        compression=numbers.compression,
-        fraction=numbers.compression_fraction,
+        jax.random.fold_in(key, context.num_steps),
+        compression=spec.settings.compression,
+        fraction=spec.settings.compression_fraction,
     )
-    upload_bytes, download_bytes = rule.sent(received, sent)
+    upload_bytes, download_bytes = rule.wire_bytes(context, packed)
     metrics = {"train_loss": losses.mean(), "grad_norm": norms.mean()}
-    metrics |= {"upload_bytes": jnp.uint32(upload_bytes), "download_bytes": jnp.uint32(download_bytes)}
-    return ClientUpdate(sent, ClientState(personal, client.grafts, kept, residual), metrics)
+    metrics |= {"upload_bytes": upload_bytes, "download_bytes": download_bytes}
+    return ClientUpdate(packed, ClientState(result.personal, client.grafts, result.extra, residual), metrics)

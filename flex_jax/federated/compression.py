@@ -1,47 +1,69 @@
-"""How a client's upload is made smaller on its way to the server.
+"""Compression of a client's upload, and the count of bytes on the wire.
 
-Any method's upload goes through it, since only arrays are seen: floating-point leaves are compressed, integer leaves
-are sent as they are. Shapes are static, so that a cohort's clients are a `vmap`.
+It works on arrays alone, so it combines with every method: floating-point leaves are compressed, integer leaves are
+sent unchanged. Shapes are static, so the clients of a cohort are a `vmap`.
 
-bfloat16: the nearest number of half the bits. int8: stochastic rounding, right on average, in the spirit of QSGD
-(Alistarh et al. 2017, arXiv 1610.02132). topk: the largest entries, and what was not sent is added to the client's next
+bfloat16: the nearest number with half the bits. int8: stochastic rounding, right on average, in the spirit of QSGD
+(Alistarh et al. 2017, arXiv 1610.02132). topk: the largest entries. What was not sent is added to the client's next
 upload: error feedback (Seide et al. 2014; Stich et al. 2018, arXiv 1809.07599).
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ByteCount:
+    """An exact number of bytes, fixed + units * per_unit, that can leave a jit.
+
+    `fixed` and `per_unit` are static Python integers of any size; the product is taken on the host. A 32-bit array
+    would overflow at 4 GiB.
+    """
+
+    fixed: int = field(metadata={"static": True})
+    per_unit: int = field(default=0, metadata={"static": True})
+    units: Any = field(default_factory=lambda: np.zeros((), np.int32))  # int32 [], or [C] for a cohort
+
+    def tolist(self) -> Any:
+        """Returns the bytes as a Python integer, for a cohort as a list."""
+        units = np.asarray(self.units)
+        counts = [self.fixed + int(unit) * self.per_unit for unit in units.ravel()]
+        return counts if units.ndim else counts[0]
+
+
 class Int8(NamedTuple):
-    """A leaf as integers of -127 to 127 times one scale."""
+    """A leaf as integers from -127 to 127 times one scale."""
 
     values: jax.Array  # int8, the leaf's shape
     scale: jax.Array  # float32 []
 
 
 class TopK(NamedTuple):
-    """The k largest entries by magnitude of a leaf; 8 bytes each, so above half of a float32 leaf nothing is saved."""
+    """The k largest entries of a leaf by magnitude. An entry takes 8 bytes: above half of a leaf nothing is saved."""
 
     values: jax.Array  # float32 [k]
     indices: jax.Array  # int32 [k], into the flattened leaf
 
 
 def stochastic_int8(leaf: jax.Array, key: jax.Array) -> Int8:
-    """The integers next to leaf / scale, up or down at random such that the mean is the leaf's value."""
+    """Rounds leaf / scale up or down at random, so that the mean is the leaf's value."""
     leaf = leaf.astype(jnp.float32)
     scale = jnp.abs(leaf).max(initial=0.0) / 127
     steps = leaf / jnp.where(scale == 0, 1.0, scale)
     below = jnp.floor(steps)
     rounded = below + jax.random.bernoulli(key, steps - below)
-    return Int8(jnp.clip(rounded, -127, 127).astype(jnp.int8), scale)  # the division may overshoot 127 by a rounding
+    return Int8(jnp.clip(rounded, -127, 127).astype(jnp.int8), scale)  # rounding in the division may overshoot 127
 
 
 def largest(leaf: jax.Array, fraction: float) -> TopK:
-    """The `fraction` of largest magnitude, at least one entry."""
+    """Selects the `fraction` of entries with the largest magnitude, at least one."""
     flat = leaf.astype(jnp.float32).ravel()
     _, indices = jax.lax.top_k(jnp.abs(flat), min(flat.size, max(1, round(fraction * flat.size))))
     return TopK(flat[indices], indices)
@@ -53,41 +75,39 @@ PACKERS = {  # (floating-point leaf, key, fraction) -> what is sent for it
     "int8": lambda leaf, key, fraction: stochastic_int8(leaf, key),
     "topk": lambda leaf, key, fraction: largest(leaf, fraction),
 }
-COMPRESSIONS = tuple(PACKERS)
 
 
 def is_floating(leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def init_residual(upload_shapes: dict, compression: str) -> dict:
-    """What a client has not sent so far, of the arrays or shapes of its upload: zeros for topk, with None in place of
-    integer leaves; {} for the others, which leave nothing behind."""
+def init_residual(upload, compression: str) -> Any:
+    """Returns what a client has not sent yet: zeros for topk (None for integer leaves), {} for the others."""
     if compression != "topk":
         return {}
-    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if is_floating(leaf) else None, upload_shapes)
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if is_floating(leaf) else None, upload)
 
 
-def compress(upload: dict, residual: dict, key: jax.Array, *, compression: str, fraction: float) -> tuple[dict, dict]:
-    """(What one client sends, its new residual); `fraction` is topk's share of every leaf."""
+def compress(upload, residual, key: jax.Array, *, compression: str, fraction: float) -> tuple[Any, Any]:
+    """Returns what one client sends and its new residual. `fraction` is topk's share of every leaf."""
 
     def pack(leaf, leaf_key):
         return PACKERS[compression](leaf, leaf_key, fraction) if is_floating(leaf) else leaf
 
-    def beside_residual(function, *trees):
+    def with_residual(function, *trees):
         return jax.tree.map(function, residual, *trees, is_leaf=lambda node: node is None)
 
     if compression == "topk":
-        upload = beside_residual(lambda left, leaf: leaf if left is None else left + leaf, upload)
-    sent = jax.tree.map(pack, upload, optax.tree.split_key_like(key, upload))
+        upload = with_residual(lambda left, leaf: leaf if left is None else left + leaf, upload)
+    packed = jax.tree.map(pack, upload, optax.tree.split_key_like(key, upload))
     if compression == "topk":
-        arrived = decompress(sent, upload)
-        residual = beside_residual(lambda left, leaf, came: None if left is None else leaf - came, upload, arrived)
-    return sent, residual
+        unpacked = decompress(packed, upload)
+        residual = with_residual(lambda left, leaf, sent: None if left is None else leaf - sent, upload, unpacked)
+    return packed, residual
 
 
-def decompress(sent: dict, like: dict) -> dict:
-    """At the server: one client's upload, with the shapes and dtypes of `like`, arrays or shapes."""
+def decompress(packed, like) -> Any:
+    """Returns one client's upload at the server, with the shapes and dtypes of `like` (arrays or shapes)."""
 
     def restore(packed, like):
         if isinstance(packed, Int8):
@@ -96,9 +116,9 @@ def decompress(sent: dict, like: dict) -> dict:
             packed = jnp.zeros(like.size).at[packed.indices].set(packed.values).reshape(like.shape)
         return packed.astype(like.dtype)
 
-    return jax.tree.map(restore, sent, like, is_leaf=lambda node: isinstance(node, Int8 | TopK))
+    return jax.tree.map(restore, packed, like, is_leaf=lambda node: isinstance(node, Int8 | TopK))
 
 
 def tree_bytes(tree) -> int:
-    """Bytes of all arrays or shapes of a tree: what is counted as crossing the wire."""
+    """Returns the bytes of all arrays or shapes of a tree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,180 +1,246 @@
-"""What a federated method is: which adapters exist and who owns them, how a client trains, how the server updates.
+"""The contract of a federated method: who owns which adapter, how a client trains, how the server updates.
 
-Everything is pure functions of plain data, so that a method reads like its paper. The defaults are FedAvg's.
+A method is plain data and pure functions, so that it reads like its paper. Every default is FedAvg's. JAX traces all
+functions but `check`. Those of a client are written for one client and run under `vmap` over the cohort. Those of a
+round run in one jit; `select_download` and `compose` also serve evaluation and export, with a dummy round.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flex_jax.federated.compression import tree_bytes
-from flex_jax.federated.placement import Placement, merge
-from flex_jax.federated.state import ClientState
+from flex_jax.federated.compression import ByteCount, tree_bytes
+from flex_jax.federated.ownership import Ownership, merge
+from flex_jax.federated.state import ClientState, ServerState
+from flex_jax.models.adapters import LORA, ProjectionAdapter
 from flex_jax.models.decoder import Decoder
 
 
-class ClientSettings(NamedTuple):
-    """The numbers of config.client, under their names."""
+class Settings(NamedTuple):
+    """How uploads are compressed, weighted and aggregated, with any method that does not refuse it in `check`."""
 
-    proximal_mu: float = 0.01
-    ditto_lambda: float = 0.1
-    mixing_alpha: float = 0.5
-    personal_layers: int = 1
-    weight_learning_rate: float = 1.0
-    personal_steps: float = 0.5
-    sync_every: int = 10
-    ranks: tuple[int, ...] = ()
-    rank_decay: float = 0.99
-    rank_lambda: float = 5e-3
-    lora_experts: int = 4
-    held_experts: int = 2
     compression: str = "none"
     compression_fraction: float = 0.1
-
-
-class ServerSettings(NamedTuple):
-    """The numbers of config.server, under their names."""
-
     weighting: str = "examples"
     aggregation: str = "mean"
     byzantine: int = 1
     clip_norm: float = 0.0
-    learning_rate: float = 1e-3
-    tau: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.99
 
 
-class Settings(NamedTuple):
-    """The numbers that methods are configured with; names as in the papers that they cite."""
+class Download(NamedTuple):
+    """What the server sends to a client."""
 
-    client: ClientSettings = ClientSettings()
-    server: ServerSettings = ServerSettings()
-
-
-DEFAULTS = Settings()
-Loss = Callable[[dict], jax.Array]  # of a tree of trained adapters, to which the frozen ones are added
+    shared: dict
+    extra: dict  # the server's extra state, if `ServerRule.extra_visibility` is "broadcast"
 
 
-class Received(NamedTuple):
-    """What a client has at hand when its round begins."""
+class Upload(NamedTuple):
+    """What a client sends to the server."""
 
-    download: dict  # from the server: "shared" and what a method's server broadcasts beside it
-    known: dict  # what all clients have alike from earlier downloads: stored once, not sent again
-    client: ClientState  # its own
-    round: jax.Array  # rounds done
-    learning_rate: jax.Array
-    steps: int
-    settings: Settings
+    delta: dict  # trained shared tree minus downloaded shared tree
+    extra: dict = {}
 
 
-class Outcome(NamedTuple):
-    """What comes out of a client's training."""
+class Trained(NamedTuple):
+    """The two trees that a client optimises. They may differ from what is stored: FDLoRA's has fusion weights."""
 
-    upload: dict  # "delta", the change of the shared tree, and what the method sends beside it
     personal: dict
-    kept: dict
+    shared: dict
 
 
-def begin(received: Received, loss: Loss) -> dict:
-    return {"shared": received.download["shared"], "personal": received.client.personal}
+class ClientContext(NamedTuple):
+    """What a client has at the start of its round."""
+
+    download: Download
+    replicated: dict  # the server's extra state, if `ServerRule.extra_visibility` is "replicated"
+    state: ClientState
+    round: jax.Array  # [] int32: finished rounds
+    learning_rate: jax.Array
+    num_steps: int
 
 
-def objective(received: Received, trained: dict, loss: Loss) -> tuple[jax.Array, jax.Array]:
-    value = loss(merge(trained["shared"], trained["personal"]))
+class ClientResult(NamedTuple):
+    """What a client has at the end of its round."""
+
+    upload: Upload
+    personal: dict
+    extra: dict
+
+
+class Mean(Protocol):
+    """The aggregation that the config asks for: a weighted mean, or a robust rule in its place."""
+
+    def __call__(self, stacked: dict, *, weights: jax.Array | None = None) -> dict:
+        """Combines trees with a leading axis C. `weights` [C] sum to one; by default those of the clients."""
+        ...
+
+
+class ServerContext(NamedTuple):
+    """What the server has at the end of a round."""
+
+    uploads: Upload  # leading axis C; `delta`, not `extra`, is already clipped to config.server.clip_norm
+    weights: jax.Array  # [C] float32, sum to one
+    mean: Mean
+    num_clients: int  # N: clients of the federation, not of the cohort
+
+
+Loss = Callable[[dict], jax.Array]  # trained leaves, which it composes with the frozen ones -> mean nats per token
+
+
+class InitClientExtra(Protocol):
+    """(shared tree, number of the client) -> its extra state, a dict of arrays."""
+
+    def __call__(self, shared: dict, client_id: jax.Array, /) -> dict: ...
+
+
+class InitTrained(Protocol):
+    """(context, loss on the first batch) -> the trees that the client trains, at their first step."""
+
+    def __call__(self, context: ClientContext, loss: Loss, /) -> Trained: ...
+
+
+class Objective(Protocol):
+    """(context, trained trees, loss on a batch) -> (what is minimised, the loss to report)."""
+
+    def __call__(self, context: ClientContext, trained: Trained, loss: Loss, /) -> tuple[jax.Array, jax.Array]: ...
+
+
+class Optimizer(Protocol):
+    """(context, clipping, AdamW) -> the optax transformation of the client's steps on a `Trained`."""
+
+    def __call__(
+        self, context: ClientContext, clip: optax.GradientTransformation, adamw: optax.GradientTransformation, /
+    ) -> optax.GradientTransformation: ...
+
+
+class MakeResult(Protocol):
+    """(context, trained trees) -> what the client uploads and stores."""
+
+    def __call__(self, context: ClientContext, trained: Trained, /) -> ClientResult: ...
+
+
+class WireBytes(Protocol):
+    """(context, compressed upload) -> bytes on the wire of (upload, download)."""
+
+    def __call__(self, context: ClientContext, upload: Upload, /) -> tuple[ByteCount, ByteCount]: ...
+
+
+class InitServerExtra(Protocol):
+    """(shared tree, key) -> the server's extra state, a dict of arrays or an optax state."""
+
+    def __call__(self, shared: dict, key: jax.Array, /) -> Any: ...
+
+
+class ServerUpdate(Protocol):
+    """(server state, context) -> server state after the round."""
+
+    def __call__(self, server: ServerState, context: ServerContext, /) -> ServerState: ...
+
+
+class Build(Protocol):
+    """(the model's adapters, key) -> the method's adapters, to whose paths `Method.ownership` applies."""
+
+    def __call__(self, adapters: dict, key: jax.Array, /) -> dict: ...
+
+
+class Compose(Protocol):
+    """(the method's adapters, a client's extra state, replicated state) -> the model's adapters.
+
+    It serves training, evaluation and export, so it gets nothing that only training has. `adapters` may lack leaves
+    that the client does not train. For the aggregated model it lacks everything personal, and `client_extra` is empty.
+    """
+
+    def __call__(self, adapters: dict, client_extra: dict, replicated: dict, /) -> dict: ...
+
+
+def init_trained(context: ClientContext, loss: Loss) -> Trained:
+    return Trained(personal=context.state.personal, shared=context.download.shared)
+
+
+def objective(context: ClientContext, trained: Trained, loss: Loss) -> tuple[jax.Array, jax.Array]:
+    value = loss(merge(trained.shared, trained.personal))
     return value, value
 
 
-def optimizer(received: Received, clip, adamw) -> optax.GradientTransformation:
+def optimizer(context: ClientContext, clip, adamw) -> optax.GradientTransformation:
     return optax.chain(clip, adamw)
 
 
-def change(received: Received, trained: dict) -> dict:
-    """How the shared tree has changed since it was received."""
-    return jax.tree.map(jnp.subtract, trained["shared"], received.download["shared"])
+def delta(context: ClientContext, trained: Trained) -> dict:
+    """Returns how the shared tree has changed since its download."""
+    return jax.tree.map(jnp.subtract, trained.shared, context.download.shared)
 
 
-def finish(received: Received, trained: dict) -> Outcome:
-    return Outcome({"delta": change(received, trained)}, trained["personal"], received.client.kept)
+def make_result(context: ClientContext, trained: Trained) -> ClientResult:
+    return ClientResult(Upload(delta(context, trained)), trained.personal, context.state.extra)
+
+
+def wire_bytes(context: ClientContext, upload: Upload) -> tuple[ByteCount, ByteCount]:
+    return ByteCount(tree_bytes(upload)), ByteCount(tree_bytes(context.download))
 
 
 class ClientRule(NamedTuple):
-    """How a client trains.
+    """How a client trains. `init_extra` makes its first state; the others run in each round, `optimizer` first.
 
-    init: (shared tree, settings, number of the client) -> what it keeps beside its personal adapters.
-    take: received -> what of the broadcast download it is sent.
-    begin: (received, loss on the first batch) -> {"shared", "personal"}, the trees that it trains.
-    objective: (received, trained, loss on a batch) -> (what is minimised, the loss to report).
-    optimizer: (received, clipping, AdamW) -> the optax chain of a round on the trained trees.
-    finish: (received, trained) -> `Outcome`.
-    sent: (received, upload) -> bytes of (upload, download).
+    `select_download` also sees the aggregated model, whose `context.state.extra` is empty.
     """
 
-    init: Callable[[dict, Settings, Any], dict] = lambda shared, settings, client: {}
-    take: Callable[[Received], dict] = lambda received: received.download
-    begin: Callable[[Received, Loss], dict] = begin
-    objective: Callable[[Received, dict, Loss], tuple[jax.Array, jax.Array]] = objective
-    optimizer: Callable[..., optax.GradientTransformation] = optimizer
-    finish: Callable[[Received, dict], Outcome] = finish
-    sent: Callable[[Received, dict], tuple[Any, Any]] = lambda received, upload: (
-        tree_bytes(upload),
-        tree_bytes(received.download),
-    )
+    init_extra: InitClientExtra = lambda shared, client_id: {}
+    select_download: Callable[[ClientContext], Download] = lambda context: context.download
+    init_trained: InitTrained = init_trained
+    objective: Objective = objective
+    optimizer: Optimizer = optimizer
+    make_result: MakeResult = make_result
+    wire_bytes: WireBytes = wire_bytes
 
 
-class Arrived(NamedTuple):
-    """What the server has at hand at the end of a round."""
-
-    uploads: dict  # of the cohort, with a leading axis C
-    weights: jax.Array  # [C], summing to one
-    mean: Callable[..., dict]  # of a stacked tree: weighted, or what config.server.aggregation puts in its place
-    clients: int  # N, of the federation
-    settings: Settings
-
-
-def update(shared: dict, kept: dict, arrived: Arrived) -> tuple[dict, dict]:
-    return optax.apply_updates(shared, arrived.mean(arrived.uploads["delta"])), kept
+def server_update(server: ServerState, context: ServerContext) -> ServerState:
+    return server._replace(shared=optax.apply_updates(server.shared, context.mean(context.uploads.delta)))
 
 
 class ServerRule(NamedTuple):
     """How the server updates.
 
-    init: (shared tree, settings, key) -> what the server keeps beside it.
-    broadcast: that -> what every client of a cohort downloads beside the shared tree.
-    known: that -> what all clients have alike from earlier downloads.
-    update: (shared, kept, arrived) -> (shared, kept).
+    extra_visibility says who sees the server's extra state: the "server" alone; the clients of the cohort, which
+    download it each round ("broadcast"); or all clients, as if known from earlier downloads, uncounted ("replicated").
     """
 
-    init: Callable[[dict, Settings, jax.Array], dict] = lambda shared, settings, key: {}
-    broadcast: Callable[[dict], dict] = lambda kept: {}
-    known: Callable[[dict], dict] = lambda kept: {}
-    update: Callable[[dict, dict, Arrived], tuple[dict, dict]] = update
+    init_extra: InitServerExtra = lambda shared, key: {}
+    extra_visibility: Literal["server", "broadcast", "replicated"] = "server"
+    update: ServerUpdate = server_update
 
 
 class Method(NamedTuple):
-    """The choices that make a federated method.
+    """A federated method.
 
-    A method's adapters are one tree. `build` makes it of the model's own (LoRA on attention, and the slots where there
-    are any), a key and the settings; `placement` gives each leaf its role; `compose` makes the model's adapters of it
-    again, for training and for evaluation. The tree that compose is given may lack what the method does not train, and
-    for the aggregated model lacks what is personal.
+    Its adapters are one tree. `build` makes it from the model's adapters (LoRA on attention, and slots if the method
+    grafts), `ownership` gives each leaf its owner, and `compose` turns it back into the model's adapters.
+
+    Attributes:
+        grafts: "none": no slots. "client": each client has a slot for the experts that it grafts. "all": the server has
+            a table with a slot for every expert, and each client trains a few of them.
+        projection: how a projection of the model reads the adapter leaves at its place; by default LoRA.
+        has_global_model: whether the shared adapters alone make a model.
+        check: raises InputError if the method cannot work with this model or these settings.
     """
 
-    placement: Placement
-    grafts: str = "none"  # "own": slots for the experts a client grafts; "all": for every expert, clients take theirs
+    ownership: Ownership
+    grafts: Literal["none", "client", "all"] = "none"
     client: ClientRule = ClientRule()
     server: ServerRule = ServerRule()
-    build: Callable[[dict, jax.Array, Settings], dict] = lambda adapters, key, settings: adapters
-    compose: Callable[[dict, Received], dict] = lambda tree, received: tree
-    common: bool = True  # whether the shared part alone makes a model
+    build: Build = lambda adapters, key: adapters
+    compose: Compose = lambda adapters, client_extra, replicated: adapters
+    projection: ProjectionAdapter = LORA
+    has_global_model: bool = True
+    check: Callable[[Decoder, Settings], None] = lambda model, settings: None
 
 
-class Recipe(NamedTuple):
-    """All that is static about a run; hashable, so that functions compile once for equal ones."""
+class MethodSpec(NamedTuple):
+    """Model, method and settings of a run. It is hashable: functions compile once for equal specs."""
 
     model: Decoder
     method: Method
-    settings: Settings = DEFAULTS
+    settings: Settings = Settings()

@@ -1,4 +1,4 @@
-"""The server: it sees the uploads of a cohort and the clients' numbers of examples, and nothing else."""
+"""The server: it gets the uploads of a cohort and the clients' numbers of examples, and nothing else."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,47 +7,57 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flex_jax.federated.aggregation import combine
+from flex_jax.federated.aggregation import RULES, clip
 from flex_jax.federated.compression import decompress
-from flex_jax.federated.method import Arrived, ServerRule, Settings
+from flex_jax.federated.method import MethodSpec, ServerContext, ServerRule, Settings, Upload
 from flex_jax.federated.state import ServerState
 
 
 def client_weights(num_examples: jax.Array, weighting: str) -> jax.Array:
-    """The weight of each client of a cohort, [C], summing to one; weighting is "examples" or "uniform"."""
+    """Returns the weight of each client of a cohort, [C], with sum one. weighting: "examples" or "uniform"."""
     weights = num_examples if weighting == "examples" else jnp.ones_like(num_examples)
     return weights / weights.sum()
 
 
+def make_mean(settings: Settings, client_weights: jax.Array) -> Callable[..., dict]:
+    """Returns the aggregation that the settings ask for, a function of a tree with a leading axis C."""
+
+    def mean(stacked: dict, *, weights: jax.Array | None = None) -> dict:
+        if not jax.tree.leaves(stacked):  # the method shares nothing
+            return stacked
+        chosen = client_weights if weights is None else weights
+        return RULES[settings.aggregation](stacked, chosen, settings.byzantine)
+
+    return mean
+
+
 def aggregate(
-    rule: ServerRule,
-    settings: Settings,
-    clients: int,
-    shapes: dict,
+    spec: MethodSpec,
+    num_clients: int,
+    upload_shapes: Upload,
     server: ServerState,
-    uploads: dict,
+    uploads: Upload,
     num_examples: jax.Array,
 ) -> ServerState:
-    """The server's state after a round. uploads: as they were sent, leading axis C; shapes: of one upload before it was
-    compressed; num_examples [C]; clients: N, of the federation."""
-    uploads = jax.vmap(partial(decompress, like=shapes), axis_size=len(num_examples))(uploads)
-    numbers = settings.server
-    weights = client_weights(num_examples, numbers.weighting)
-    mean = partial(
-        combine,
-        weights=weights,
-        aggregation=numbers.aggregation,
-        byzantine=numbers.byzantine,
-        clip_norm=numbers.clip_norm,
-    )
-    return ServerState(*rule.update(server.shared, server.kept, Arrived(uploads, weights, mean, clients, settings)))
+    """Returns the server's state after a round.
+
+    `num_clients` is N, that of the federation; `upload_shapes` is one upload before compression; `uploads` is
+    what was sent, leading axis C; num_examples [C] float32.
+    """
+    uploads = jax.vmap(partial(decompress, like=upload_shapes), axis_size=len(num_examples))(uploads)
+    if spec.settings.clip_norm > 0 and jax.tree.leaves(uploads.delta):
+        uploads = uploads._replace(delta=clip(uploads.delta, spec.settings.clip_norm))
+    weights = client_weights(num_examples, spec.settings.weighting)
+    context = ServerContext(uploads, weights, make_mean(spec.settings, weights), num_clients)
+    return spec.method.server.update(server, context)
 
 
-def server_optimizer(make: Callable[[Settings], optax.GradientTransformation]) -> ServerRule:
-    """A rule that hands the mean change of the shared tree to an optax transformation."""
+def server_optimizer(optimizer: optax.GradientTransformation) -> ServerRule:
+    """Returns the rule that hands the mean change of the shared tree to an optax transformation."""
 
-    def update(shared, kept, arrived):
-        updates, kept = make(arrived.settings).update(arrived.mean(arrived.uploads["delta"]), kept, shared)
-        return optax.apply_updates(shared, updates), kept
+    def update(server: ServerState, context: ServerContext) -> ServerState:
+        mean = context.mean(context.uploads.delta)
+        updates, extra = optimizer.update(mean, server.extra, server.shared)
+        return ServerState(optax.apply_updates(server.shared, updates), extra)
 
-    return ServerRule(init=lambda shared, settings, key: make(settings).init(shared), update=update)
+    return ServerRule(init_extra=lambda shared, key: optimizer.init(shared), update=update)

@@ -1,4 +1,4 @@
-"""Choosing the pretrained experts of each client and grafting them into its personal slots."""
+"""Selects pretrained experts for each client, and grafts them into its personal slots."""
 
 from flex_jax.grafting.reconstruction import reconstruction_losses
 

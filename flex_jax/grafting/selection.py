@@ -1,7 +1,8 @@
-"""Which experts each client grafts: by reconstruction (the paper), at random, or the most routed."""
+"""Selects the experts that each client grafts: by reconstruction (the paper), at random, or the most routed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,59 +11,62 @@ import numpy as np
 from flex_jax.grafting.reconstruction import batch_losses, probe_tokens, routed_counts
 from flex_jax.models.decoder import Decoder
 
-Batches = Callable[[], object]  # a fresh pass over (tokens [C, B, S], attention_mask [C, B, S]) pairs
+Batches = Callable[[], Iterable[tuple[Any, Any]]]  # a new pass over (tokens [C, B, S], attention_mask [C, B, S]) pairs
+
+
+class SelectionSettings(NamedTuple):
+    """How experts are selected, and how many of each layer."""
+
+    selection: str  # "reconstruction" | "router" | "random"
+    num_experts: int
 
 
 @partial(jax.jit, static_argnums=0)
-def _client_losses(model, frozen, tokens, attention_mask, kept):
-    return jax.vmap(partial(batch_losses, model, frozen))(tokens, attention_mask, kept)
+def _client_losses(model, frozen, tokens, attention_mask, selected):
+    return jax.vmap(partial(batch_losses, model, frozen))(tokens, attention_mask, selected)
 
 
 @partial(jax.jit, static_argnums=0)
 def _client_counts(model, frozen, tokens, attention_mask):
-    def count(tokens, attention_mask):
-        return probe_tokens(model, routed_counts, frozen, tokens, attention_mask).sum((1, 2))
-
-    return jax.vmap(count)(tokens, attention_mask)
+    return jax.vmap(partial(probe_tokens, model, routed_counts, frozen))(tokens, attention_mask).sum((2, 3))
 
 
-def _total(function, batches: Batches, *arguments) -> np.ndarray:
-    """Sum of function(tokens, mask, *arguments) over one pass, float64 on the host."""
-    return sum(np.asarray(function(tokens, mask, *arguments), np.float64) for tokens, mask in batches())
+def _total(function: Callable, batches: Batches) -> np.ndarray:
+    """Sums function(tokens, mask) over one pass, in float64 on the host."""
+    return sum((np.asarray(function(*batch), np.float64) for batch in batches()), start=np.zeros(()))
 
 
-def by_reconstruction(model: Decoder, frozen: dict, batches: Batches, experts: int) -> np.ndarray:
-    """Greedy: add the expert that lowers the reconstruction loss most; for one expert this is exhaustive.
-
-    One streaming pass over the calibration batches per expert kept. Returns [C, L, experts] int32.
-    """
-    kept = None
-    for _ in range(experts):
-        losses = _total(partial(_client_losses, model, frozen), batches, kept)
-        if kept is not None:
-            np.put_along_axis(losses, kept, np.inf, axis=-1)
+def by_reconstruction(model: Decoder, frozen: dict, batches: Batches, num_experts: int) -> np.ndarray:
+    """Adds the expert that lowers the reconstruction loss most, one per pass: int32 [C, L, num_experts]."""
+    selected = None
+    for _ in range(num_experts):
+        losses = _total(partial(_client_losses, model, frozen, selected=selected), batches)
+        if selected is not None:
+            np.put_along_axis(losses, selected, np.inf, axis=-1)
         best = losses.argmin(-1)[..., None].astype(np.int32)
-        kept = best if kept is None else np.concatenate([kept, best], axis=-1)
-    return kept
+        selected = best if selected is None else np.concatenate([selected, best], axis=-1)
+    assert selected is not None
+    return selected
 
 
-def by_router(model: Decoder, frozen: dict, batches: Batches, experts: int) -> np.ndarray:
-    """The experts that the router sends most calibration tokens to, most first. Returns [C, L, experts] int32."""
+def by_router(model: Decoder, frozen: dict, batches: Batches, num_experts: int) -> np.ndarray:
+    """Selects the experts with the most calibration tokens, in descending order: int32 [C, L, num_experts]."""
     counts = _total(partial(_client_counts, model, frozen), batches)
-    return np.argsort(-counts, axis=-1, kind="stable")[..., :experts].astype(np.int32)
+    return np.argsort(-counts, axis=-1, kind="stable")[..., :num_experts].astype(np.int32)
 
 
-def at_random(key: jax.Array, clients: int, layers: int, experts_in_layer: int, experts: int) -> np.ndarray:
-    """Uniform without replacement, per client and layer. Returns [C, L, experts] int32."""
-    scores = jax.random.uniform(key, (clients, layers, experts_in_layer))
-    return np.asarray(jnp.argsort(scores, axis=-1)[..., :experts], np.int32)
+def at_random(key: jax.Array, shape: tuple[int, int, int], num_experts: int) -> np.ndarray:
+    """Selects uniformly without replacement, given the shape (C, L, E): int32 [C, L, num_experts]."""
+    scores = jax.random.uniform(key, shape)
+    return np.asarray(jnp.argsort(scores, axis=-1)[..., :num_experts], np.int32)
 
 
 def select(
-    model: Decoder, frozen: dict, batches: Batches, *, selection: str, experts: int, clients: int, key: jax.Array
+    model: Decoder, frozen: dict, batches: Batches, settings: SelectionSettings, *, num_clients: int, key: jax.Array
 ) -> np.ndarray:
-    """Chosen experts [C, L, experts] int32; selection is "reconstruction", "router" or "random"."""
-    if selection == "random":
-        return at_random(key, clients, model.config.moe_layers, model.config.experts, experts)
-    choose = {"reconstruction": by_reconstruction, "router": by_router}[selection]
-    return choose(model, frozen, batches, experts)
+    """Selects experts for each client and layer: int32 [C, L, num_experts]. A random selection reads no batches."""
+    if settings.selection == "random":
+        shape = (num_clients, model.config.num_moe_layers, model.config.num_experts)
+        return at_random(key, shape, settings.num_experts)
+    choose = {"reconstruction": by_reconstruction, "router": by_router}[settings.selection]
+    return choose(model, frozen, batches, settings.num_experts)

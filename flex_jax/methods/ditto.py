@@ -1,51 +1,55 @@
-"""Ditto on LoRA (Li et al. 2021, arXiv 2012.04221): FedAvg, and beside it a model of each client's own that is pulled
-towards the one it received.
+"""Ditto on LoRA (Li et al. 2021, arXiv 2012.04221): FedAvg, and a personal model pulled towards the downloaded one.
 
     w: FedAvg's w_k        v: min F_k(v) + lambda / 2 ||v - w^t||^2        the client's model is v
 
-Both take a step on every batch, as in the released code; v and w have each their own clipping and AdamW. The paper's
-step is SGD's, v <- v - lr (grad F_k(v) + lambda (v - w^t)). Here the pull is a proximal step after AdamW's,
-v <- (v' + lr lambda w^t) / (1 + lr lambda): the paper's to first order in lr where v' is SGD's, and stable for every
-lambda, v = w^t in the limit. It is decoupled, like AdamW's weight decay: AdamW's step has a size of its own, whatever
-that of the gradient, so that a lambda does not balance the two as in the paper. K steps close a share
-1 - (1 + lr lambda)^-K of the distance, which at the small rates of LoRA asks for a lambda of about 1 / (K lr).
+Both take a step on every batch, as in the released code; v and w have separate clipping and AdamW. The paper's step is
+SGD's, v <- v - lr (grad F_k(v) + lambda (v - w^t)). Here the pull is a proximal step after AdamW's, which gives v':
+v <- (v' + lr lambda w^t) / (1 + lr lambda). With SGD's v' that is the paper's to first order in lr. It is stable for
+every lambda, with v = w^t in the limit. It is decoupled, like AdamW's weight decay: the size of AdamW's step does not
+depend on that of the gradient, so lambda does not balance the two as in the paper. K steps close a share
+1 - (1 + lr lambda)^-K of the distance. At the small rates of LoRA that needs a lambda of about 1 / (K lr).
 """
 
 import jax
 import optax
 
-from flex_jax.federated.method import ClientRule, Loss, Method, Received
+from flex_jax.checks import NotNegative
+from flex_jax.federated.method import ClientContext, ClientRule, Loss, Method, Trained
+from flex_jax.methods._personal_copy import OWNERSHIP, copy_adapters, or_global
 
 
-def compose(tree: dict, received: Received) -> dict:
-    """v, or w where there is no v."""
-    return tree["own"] if "own" in tree else tree["global"]
+@or_global
+def compose(adapters: dict, client_extra: dict, replicated: dict) -> dict:
+    """v."""
+    return adapters["personal"]
 
 
-def objective(received: Received, trained: dict, loss: Loss) -> tuple[jax.Array, jax.Array]:
-    """Two problems at once, neither of which depends on the other's part."""
-    own = loss(trained["personal"])
-    return loss(trained["shared"]) + own, own
+def objective(context: ClientContext, trained: Trained, loss: Loss) -> tuple[jax.Array, jax.Array]:
+    """Two problems at once. Neither depends on the other's part."""
+    personal_loss = loss(trained.personal)
+    return loss(trained.shared) + personal_loss, personal_loss
 
 
-def optimizer(received: Received, clip, adamw) -> optax.GradientTransformation:
-    strength = received.learning_rate * received.settings.client.ditto_lambda
-    share = strength / (1.0 + strength)  # of the way from v' to w^t
-    w_t = received.download["shared"]["global"]
+def ditto(lambda_: NotNegative = 0.1) -> Method:
+    """Trains v next to w; `lambda_` is the strength of the pull of w^t on v."""
 
-    def pull(updates, trained):
-        v, step = trained["personal"]["own"], updates["personal"]["own"]
-        pulled = jax.tree.map(lambda v, step, w: step + share * (w - (v + step)), v, step, w_t)
-        return updates | {"personal": {"own": pulled}}
+    def optimizer(context: ClientContext, clip, adamw) -> optax.GradientTransformation:
+        strength = context.learning_rate * lambda_
+        share = strength / (1.0 + strength)  # of the way from v' to w^t
+        w_t = context.download.shared["global"]
 
-    step = optax.chain(clip, adamw)
-    apart = optax.partition({"w": step, "v": step}, {"shared": "w", "personal": "v"})
-    return optax.chain(apart, optax.stateless(pull))
+        def pull(updates, trained):
+            v, step = trained.personal["personal"], updates.personal["personal"]
+            pulled = jax.tree.map(lambda v, step, w: step + share * (w - (v + step)), v, step, w_t)
+            return updates._replace(personal={"personal": pulled})
 
+        step = optax.chain(clip, adamw)
+        separate = optax.partition({"w": step, "v": step}, Trained(shared="w", personal="v"))  # pyright: ignore[reportArgumentType]
+        return optax.chain(separate, optax.stateless(pull))
 
-METHOD = Method(
-    placement=((r"global/.*", "shared"), (r"own/.*", "personal")),
-    client=ClientRule(objective=objective, optimizer=optimizer),
-    build=lambda adapters, key, settings: {"global": adapters, "own": adapters},
-    compose=compose,
-)
+    return Method(
+        ownership=OWNERSHIP,
+        client=ClientRule(objective=objective, optimizer=optimizer),
+        build=copy_adapters,
+        compose=compose,
+    )

@@ -2,4 +2,7 @@
 
 from flex_jax.federated.method import Method
 
-METHOD = Method(placement=((r".*", "shared"),))
+
+def fedavg() -> Method:
+    """Every adapter is shared; all else is the default."""
+    return Method(ownership=((r".*", "shared"),))

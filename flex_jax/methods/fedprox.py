@@ -3,18 +3,20 @@
 import jax
 import optax
 
-from flex_jax.federated.method import ClientRule, Method, Received
+from flex_jax.checks import NotNegative
+from flex_jax.federated.method import ClientContext, ClientRule, Method
 
 
-def optimizer(received: Received, clip, adamw) -> optax.GradientTransformation:
-    """The gradient of the loss + mu / 2 ||w - w_t||^2 in place of that of the loss."""
-    mu, start = received.settings.client.proximal_mu, received.download["shared"]
+def fedprox(mu: NotNegative = 0.01) -> Method:
+    """Adds mu / 2 ||w - w_t||^2 to the loss. The default is that of the FLEx paper's baseline."""
 
-    def pull_back(gradients, trained):
-        pulled = jax.tree.map(lambda g, w, w_t: g + mu * (w - w_t), gradients["shared"], trained["shared"], start)
-        return gradients | {"shared": pulled}
+    def optimizer(context: ClientContext, clip, adamw) -> optax.GradientTransformation:
+        w_t = context.download.shared
 
-    return optax.chain(optax.stateless(pull_back), clip, adamw)
+        def add_pull(gradients, trained):
+            pulled = jax.tree.map(lambda g, w, w_t: g + mu * (w - w_t), gradients.shared, trained.shared, w_t)
+            return gradients._replace(shared=pulled)
 
+        return optax.chain(optax.stateless(add_pull), clip, adamw)
 
-METHOD = Method(placement=((r".*", "shared"),), client=ClientRule(optimizer=optimizer))
+    return Method(ownership=((r".*", "shared"),), client=ClientRule(optimizer=optimizer))

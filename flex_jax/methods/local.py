@@ -2,4 +2,7 @@
 
 from flex_jax.federated.method import Method
 
-METHOD = Method(placement=((r".*", "personal"),))
+
+def local() -> Method:
+    """Every adapter is personal."""
+    return Method(ownership=((r".*", "personal"),))

@@ -1,55 +1,73 @@
 """SCAFFOLD on LoRA (Karimireddy et al. 2020, arXiv 1910.06378), option II, with partial participation.
 
 The paper corrects SGD steps: w <- w - lr (g - c_i + c). Here the local step is AdamW's, which would rescale a corrected
-gradient; as in the released code of FLEx the correction is a step of its own after AdamW's, w <- w - lr (c - c_i).
-Controls are then differences of positions over K lr, not mean gradients: they hold AdamW's directions.
+gradient. So, as in the released code of FLEx, the correction is a separate step after AdamW's, w <- w - lr (c - c_i).
+A control is then the client's displacement divided by K lr: it points where AdamW moved, not along the mean gradient.
+
+Below, x is the downloaded tree, y_i the trained one, K the number of steps, S the cohort of N clients.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flex_jax.federated.method import Arrived, ClientRule, Method, Outcome, Received, ServerRule, change
+from flex_jax.federated.method import (
+    ClientContext,
+    ClientResult,
+    ClientRule,
+    Method,
+    ServerContext,
+    ServerRule,
+    Trained,
+    Upload,
+    delta,
+)
+from flex_jax.federated.state import ServerState
 
 
-def zeros(shared: dict) -> dict:
+def init_control(shared: dict, _client_id_or_key) -> dict:
+    """c, or c_i: zero at first."""
     return {"control": jax.tree.map(jnp.zeros_like, shared)}
 
 
-def correction(received: Received) -> dict:
+def correction(context: ClientContext) -> dict:
     """c - c_i."""
-    return jax.tree.map(jnp.subtract, received.download["control"], received.client.kept["control"])
+    return jax.tree.map(jnp.subtract, context.download.extra["control"], context.state.extra["control"])
 
 
-def optimizer(received: Received, clip, adamw) -> optax.GradientTransformation:
+def optimizer(context: ClientContext, clip, adamw) -> optax.GradientTransformation:
+    """AdamW's step, then w <- w - lr (c - c_i)."""
+
     def correct(updates, trained):
-        corrected = jax.tree.map(
-            lambda step, drift: step - received.learning_rate * drift, updates["shared"], correction(received)
-        )
-        return updates | {"shared": corrected}
+        corrected = jax.tree.map(lambda u, d: u - context.learning_rate * d, updates.shared, correction(context))
+        return updates._replace(shared=corrected)
 
     return optax.chain(clip, adamw, optax.stateless(correct))
 
 
-def finish(received: Received, trained: dict) -> Outcome:
-    """c_i+ = c_i - c + (x - y_i) / (K lr); the change of c_i is sent."""
-    path, delta = received.steps * received.learning_rate, change(received, trained)
-    control = jax.tree.map(lambda moved, drift: -moved / path - drift, delta, correction(received))
-    upload = {"delta": delta, "control": jax.tree.map(jnp.subtract, control, received.client.kept["control"])}
-    return Outcome(upload, trained["personal"], {"control": control})
+def make_result(context: ClientContext, trained: Trained) -> ClientResult:
+    """c_i+ = c_i - c + (x - y_i) / (K lr); the client uploads c_i+ - c_i."""
+    total_rate, moved = context.num_steps * context.learning_rate, delta(context, trained)
+    control = jax.tree.map(lambda m, d: -m / total_rate - d, moved, correction(context))
+    change = jax.tree.map(jnp.subtract, control, context.state.extra["control"])
+    return ClientResult(Upload(moved, {"control": change}), trained.personal, {"control": control})
 
 
-def update(shared: dict, kept: dict, arrived: Arrived) -> tuple[dict, dict]:
+def update(server: ServerState, context: ServerContext) -> ServerState:
     """x + mean of the deltas; c + |S| / N times the unweighted mean of the changes of the cohort's controls."""
-    shared = optax.apply_updates(shared, arrived.mean(arrived.uploads["delta"]))
-    cohort = len(arrived.weights)
-    changes = arrived.mean(arrived.uploads["control"], weights=jnp.full(cohort, 1 / cohort), clip_norm=0.0)
-    control = jax.tree.map(lambda c, change: c + cohort / arrived.clients * change, kept["control"], changes)
-    return shared, {"control": control}
+    shared = optax.apply_updates(server.shared, context.mean(context.uploads.delta))
+    cohort_size = len(context.weights)
+    uniform = jnp.full(cohort_size, 1 / cohort_size)
+    change = context.mean(context.uploads.extra["control"], weights=uniform)
+    part = cohort_size / context.num_clients
+    control = jax.tree.map(lambda c, dc: c + part * dc, server.extra["control"], change)
+    return ServerState(shared, {"control": control})
 
 
-METHOD = Method(
-    placement=((r".*", "shared"),),
-    client=ClientRule(init=lambda shared, settings, client: zeros(shared), optimizer=optimizer, finish=finish),
-    server=ServerRule(init=lambda shared, settings, key: zeros(shared), broadcast=lambda kept: kept, update=update),
-)
+def scaffold() -> Method:
+    """Corrects the drift of each client by control variates, which it downloads and uploads."""
+    return Method(
+        ownership=((r".*", "shared"),),
+        client=ClientRule(init_extra=init_control, optimizer=optimizer, make_result=make_result),
+        server=ServerRule(init_extra=init_control, extra_visibility="broadcast", update=update),
+    )

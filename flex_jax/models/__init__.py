@@ -1,1 +1,1 @@
-"""Mixture-of-experts decoders as pure functions of two collections: frozen `params` and trainable `adapters`."""
+"""Mixture-of-experts decoders as pure functions of two collections: frozen `params` and trained `adapters`."""

@@ -1,7 +1,7 @@
-"""The mixture-of-experts layer: frozen router and experts, a shared expert, and the personal slot beside them."""
+"""The mixture-of-experts layer: frozen router and experts, a shared expert, and the personal slot."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flex_jax.models.config import ModelConfig, SlotConfig
 from flex_jax.models.linear import MLP, frozen_matrix
 from flex_jax.models.slot import PersonalSlot
-from flex_jax.ops.experts import Experts, ExpertWeights
-from flex_jax.ops.saved import saved
+from flex_jax.ops.experts import ExpertOps, ExpertWeights
+from flex_jax.ops.remat import checkpoint_product
 
 
 class Observation(NamedTuple):
@@ -20,29 +20,28 @@ class Observation(NamedTuple):
     x: jax.Array  # [B, S, D] input of the layer
     routed: jax.Array  # [B, S, D] its routed output M(x), without shared expert and slot
     router_logits: jax.Array  # [B, S, E] float32
-    index: jax.Array  # [B, S, K] int32 experts that each token went to
+    expert_index: jax.Array  # [B, S, K] int32: the experts of each token
     weights: ExpertWeights  # the layer's frozen experts
 
 
-Probe = Callable[[Observation, dict], object]  # of an observation and the layer's grafts
+Probe = Callable[[Observation, dict], Any]  # (observation, the layer's grafts) -> arrays
 
 
 def route(logits: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Softmax over all E experts, then the K largest: router logits [T, E] -> (index, weight) [T, K].
+    """Returns (expert_index [T, K], routing_weight [T, K]): the experts with the largest softmax of logits [T, E].
 
-    With expert groups, the K largest of the groups whose best expert is best (DeepSeek-V2, arXiv 2405.04434, 2.2.2).
+    Expert groups limit them to the groups with the best single expert (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
     """
-    c = config
-    scores = jax.nn.softmax(logits.astype(jnp.float32))
-    if c.expert_groups:
-        grouped = scores.reshape(len(scores), c.expert_groups, -1)
-        _, best = jax.lax.top_k(grouped.max(-1), c.groups_per_token)
-        allowed = jax.nn.one_hot(best, c.expert_groups).sum(1)
+    c, scores = config, jax.nn.softmax(logits.astype(jnp.float32))
+    if c.n_group:
+        grouped = scores.reshape(len(scores), c.n_group, -1)
+        _, best = jax.lax.top_k(grouped.max(-1), c.topk_group)
+        allowed = jax.nn.one_hot(best, c.n_group).sum(1)
         scores = (grouped * allowed[..., None]).reshape(scores.shape)
-    weight, index = jax.lax.top_k(scores, c.experts_per_token)
+    routing_weight, expert_index = jax.lax.top_k(scores, c.num_experts_per_tok)
     if c.norm_topk_prob:
-        weight = weight / weight.sum(-1, keepdims=True)
-    return index, weight * c.routed_scale
+        routing_weight = routing_weight / routing_weight.sum(-1, keepdims=True)
+    return expert_index, routing_weight * c.routed_scaling_factor
 
 
 class MoE(nn.Module):
@@ -50,35 +49,32 @@ class MoE(nn.Module):
 
     config: ModelConfig
     slot: SlotConfig
-    experts: Experts
+    experts: ExpertOps
     probe: Probe | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, weights: ExpertWeights | None = None):
-        """x [B, S, D] -> (y [B, S, D], router logits [B, S, E] float32, what the probe returned or None). weights: the
-        experts; where they are not given, the layer's own parameters."""
-        c = self.config
-        tokens = x.reshape(-1, c.width)
-        router = self.param("router", nn.initializers.lecun_normal(), (c.width, c.experts))
-        if weights is None:
-            gate_up = frozen_matrix(self, "gate_up", (c.experts, c.width, 2 * c.expert_width))
-            down = frozen_matrix(self, "down", (c.experts, c.expert_width, c.width))
+    def __call__(self, x: jax.Array, weights: ExpertWeights | None = None) -> tuple[jax.Array, jax.Array, Any]:
+        """Maps x [B, S, D] to y [B, S, D], router logits float32 [B, S, E] and the result of the probe or None."""
+        c, width, hidden = self.config, self.config.hidden_size, self.config.moe_intermediate_size
+        tokens = x.reshape(-1, width)
+        router = self.param("router", nn.initializers.lecun_normal(), (width, c.num_experts))
+        if weights is None:  # the experts are this module's parameters
+            gate_up = frozen_matrix(self, "gate_up", (c.num_experts, width, 2 * hidden))
+            down = frozen_matrix(self, "down", (c.num_experts, hidden, width))
             weights = ExpertWeights(*jax.tree.map(lambda leaf: leaf[None], (gate_up, down)))
-        logits = saved(tokens @ router)
-        index, weight = route(logits, c)
-        y = routed = self.experts.apply(tokens, weights, index, weight)
-        if c.shared_expert_width:
-            y = y + MLP(c.shared_expert_width, c.shared_expert_gate, name="shared_expert")(tokens)
+        logits = checkpoint_product(tokens @ router)
+        expert_index, routing_weight = route(logits, c)
+        y = routed = self.experts.apply(tokens, weights, expert_index, routing_weight)
+        if c.shared_expert_intermediate_size:
+            y = y + MLP(c.shared_expert_intermediate_size, c.shared_expert_gate, name="shared_expert")(tokens)
         if self.has_variable("adapters", "slot"):
-            y = y + PersonalSlot(self.slot, self.experts, name="slot")(tokens, weights, index, weight)
+            y = y + PersonalSlot(self.slot, self.experts, name="slot")(tokens, weights, expert_index, routing_weight)
 
-        def as_sequences(rows):
-            return rows.reshape(*x.shape[:2], -1)
+        def as_sequences(array):
+            return array.reshape(*x.shape[:2], -1)
 
         logits = as_sequences(logits.astype(jnp.float32))
-        probed = None
-        if self.probe is not None:
-            grafts = self.variables.get("grafts", {}).get("slot", {})
-            seen = Observation(x, as_sequences(routed), logits, as_sequences(index), weights)
-            probed = self.probe(seen, grafts)
-        return as_sequences(y), logits, probed
+        if self.probe is None:
+            return as_sequences(y), logits, None
+        seen = Observation(x, as_sequences(routed), logits, as_sequences(expert_index), weights)
+        return as_sequences(y), logits, self.probe(seen, self.variables.get("grafts", {}).get("slot", {}))

@@ -9,16 +9,15 @@ from flex_jax.models.config import Rope
 
 
 def frequencies(rope: Rope, size: int, length: jax.Array) -> jax.Array:
-    """Angle per position of each pair of dimensions, float32 [B, size / 2].
+    """Returns the angle per position of each pair of dimensions, float32 [B, size / 2].
 
-    length [B] is the number of tokens a sequence has; only "dynamic" depends on it. Keys in a cache keep the angles of
-    the length at which they were written, as in transformers.
+    Only "dynamic" depends on the length [B], the number of tokens in a sequence. As in transformers, cached keys have
+    the angles of the length at which they were written.
     """
     exponents = jnp.arange(0, size, 2, dtype=jnp.float32) / size
     if rope.kind == "dynamic":
         stretch = rope.factor * jnp.maximum(length, rope.trained_length) / rope.trained_length - (rope.factor - 1)
-        theta = rope.theta * stretch ** (size / (size - 2))
-        return theta[:, None] ** -exponents
+        return (rope.theta * stretch ** (size / (size - 2)))[:, None] ** -exponents
     plain = rope.theta**-exponents
     if rope.kind == "linear":
         plain = plain / rope.factor
@@ -30,12 +29,12 @@ def frequencies(rope: Rope, size: int, length: jax.Array) -> jax.Array:
 
 
 def _interpolated_range(rope: Rope, size: int) -> tuple[float, float]:
-    """YaRN: pairs of dimensions below the first keep their frequency, above the second it is divided by the factor."""
+    """YaRN: pairs before the range keep their frequency; for pairs after it, the factor divides the frequency."""
 
-    def pair_that_turns(times):
-        return size * math.log(rope.trained_length / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+    def pair_with_rotations(count):
+        return size * math.log(rope.trained_length / (count * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    low, high = pair_with_rotations(rope.beta_fast), pair_with_rotations(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
@@ -43,15 +42,14 @@ def _interpolated_range(rope: Rope, size: int) -> tuple[float, float]:
 
 
 def rotary(rope: Rope, size: int, positions: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, [B, S, 1, size] float32, for positions [B, S] of sequences of `length` [B] tokens."""
+    """Returns cosines and sines, float32 [B, S, 1, size], of positions [B, S] in sequences of length [B]."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(rope, size, length)[:, None, :]
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate heads x [B, S, H, head_dim] by their positions, halves paired as Hugging Face does."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+    """Rotates heads x [B, S, H, head_dim] by their positions, with halves paired as in Hugging Face."""
+    (cos, sin), wide = rope, x.astype(jnp.float32)
+    first, second = jnp.split(wide, 2, axis=-1)
+    return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)

@@ -1,1 +1,1 @@
-"""Array operators that know nothing of models: grouped expert matmuls, the frozen sparse experts, chunked loss."""
+"""Array operators that know nothing about models: attention, frozen sparse experts, chunked cross-entropy."""

@@ -1,64 +1,57 @@
-"""Cross-entropy at the positions that have a loss, a few at a time: the logits of a batch never exist as a whole."""
+"""Cross-entropy of the positions that have a loss, in chunks: the logits of a whole batch never exist."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
-from flex_jax.ops.folding import fold_clients
+from flex_jax.ops.batching import merge_batch_axis
 
-ROWS = 512  # positions whose logits exist at one time; so many that a GPU computes them no slower than it reads `head`
+LOGIT_CHUNK = 512  # positions whose logits exist at the same time; enough for a GPU to be bound by compute, not memory
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def token_cross_entropy(
-    features: jax.Array, head: jax.Array, targets: jax.Array, wanted: jax.Array, rows: int = ROWS
-) -> jax.Array:
-    """-log softmax(features head')[target], in nats, of the wanted positions, and zero at the others: [T] float32.
+def token_cross_entropy(features: Array, head: Array, targets: Array, loss_mask: Array, chunk=LOGIT_CHUNK) -> Array:
+    """Returns -log softmax(features head')[target] in nats, and zero outside of the loss mask: [T] float32.
 
-    features [T, D]; head [V, D], frozen: it gets no gradient; targets [T] int32 in [0, V); wanted [T] boolean. Under
-    `vmap` over clients their positions are joined, so that only wanted ones are computed, `rows` at a time.
+    features is [T, D], head [V, D], targets int32 [T] in [0, V), and loss_mask boolean [T]. The head is frozen and gets
+    no gradient. Under `vmap` over clients their positions are merged, so that only positions in the mask are computed.
+    The forward pass computes the gradient, if there is one, from the same logits.
 
-    With a gradient, the forward pass makes that of each position's loss beside it, while its logits are at hand. Floor,
-    in multiply-adds a wanted position: D V for the loss, D V for the gradient; memory `rows` x V logits.
+    Work in multiply-adds per position in the mask: D V for the loss and D V for the gradient. Memory: chunk * V logits.
     """
-    return _folded(rows, False)(features, head, targets, wanted)[0]
+    return merge_batch_axis(partial(_compute, chunk, False), (1,))(features, head, targets, loss_mask)[0]
 
 
-def _folded(rows: int, with_gradient: bool):
-    return fold_clients(partial(_compute, rows, with_gradient), frozen=(1,))
-
-
-def _compute(rows, with_gradient, features, head, targets, wanted):
-    """The losses [T], and their gradients [T, D] where asked for: (losses,) or (losses, gradients)."""
-    tokens = len(features)
-    rows = min(rows, tokens)
-    # The wanted positions first, then ones that do not exist: reading them gives zeros, writing them nothing.
-    (order,) = jnp.nonzero(wanted, size=-(-tokens // rows) * rows, fill_value=tokens)
+def _compute(chunk, with_gradient, features, head, targets, loss_mask):
+    """Returns (losses [T],), or (losses [T], their gradients [T, D])."""
+    num_tokens = len(features)
+    chunk = min(chunk, num_tokens)
+    # Positions in the mask come first. The positions after them do not exist: they are read as 0 and never written.
+    size = -(-num_tokens // chunk) * chunk
+    (order,) = jnp.nonzero(loss_mask, size=size, fill_value=num_tokens)
 
     def step(i, out):
-        positions = lax.dynamic_slice_in_dim(order, i * rows, rows)
-        own, target = (array.at[positions].get(mode="fill", fill_value=0) for array in (features, targets))
-        logits = jnp.einsum("rd,vd->rv", own, head, preferred_element_type=jnp.float32)
+        positions = lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        hidden, target = (array.at[positions].get(mode="fill", fill_value=0) for array in (features, targets))
+        logits = jnp.einsum("rd,vd->rv", hidden, head, preferred_element_type=jnp.float32)
         log_normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         new = [(log_normaliser - jnp.take_along_axis(logits, target[:, None], axis=-1))[:, 0]]
         if with_gradient:
             d_logits = jnp.exp(logits - log_normaliser) - (jnp.arange(len(head)) == target[:, None])
             new.append(jnp.einsum("rv,vd->rd", d_logits.astype(head.dtype), head, preferred_element_type=jnp.float32))
-        return tuple(
-            held.at[positions].set(part.astype(held.dtype), mode="drop") for held, part in zip(out, new, strict=True)
-        )
+        return tuple(o.at[positions].set(n.astype(o.dtype), mode="drop") for o, n in zip(out, new, strict=True))
 
-    out = (jnp.zeros(tokens, jnp.float32), *([jnp.zeros_like(features)] if with_gradient else []))
-    return lax.fori_loop(0, -(-wanted.sum() // rows), step, out)
+    out = (jnp.zeros(num_tokens, jnp.float32), *([jnp.zeros_like(features)] if with_gradient else []))
+    return lax.fori_loop(0, -(-loss_mask.sum() // chunk), step, out)
 
 
-def _forward(features, head, targets, wanted, rows):
-    return _folded(rows, True)(features, head, targets, wanted)
+def _forward(features, head, targets, loss_mask, chunk):
+    return merge_batch_axis(partial(_compute, chunk, True), (1,))(features, head, targets, loss_mask)
 
 
-def _backward(rows, gradients, d_loss):
+def _backward(chunk, gradients, d_loss):
     return gradients * d_loss[:, None].astype(gradients.dtype), None, None, None
 
 

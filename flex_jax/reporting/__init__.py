@@ -1,1 +1,1 @@
-"""Reporting: metrics lines, JSON files, text tables, plots and the report page."""
+"""Reporting: text tables, plots and the report page."""

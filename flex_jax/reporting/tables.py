@@ -1,44 +1,25 @@
-"""Text tables: the plan before a run, the summary after it. Plain ASCII, so that any terminal and log shows them."""
+"""Text tables: the plan before a run and the summary after it. Plain ASCII, so any terminal and log can show them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-SUMMARY_COLUMNS = (
-    "method",
-    "seeds",
-    "ROUGE-L",
-    "eval loss",
-    "up/round",
-    "down/round",
-    "frozen",
-    "shared",
-    "personal",
-    "s/round",
-)
-PLAN_COLUMNS = (
-    "method",
-    "clients",
-    "frozen",
-    "shared",
-    "personal",
-    "up",
-    "down",
-    "client",
-    "frozen",
-    "clients",
-    "activations",
-    "peak",
-)
-PLAN_GROUPS = {2: "parameters", 5: "sent/client/round", 7: "held by a", 8: "memory of a device"}
+from flex_jax.results import Results, RunEntry, mean_and_std
+
+Runs = dict[str, list[RunEntry]]  # of each method
+
+SUMMARY_COLUMNS = "method|seeds|ROUGE-L|eval loss|up/round|down/round|frozen|shared|personal|s/round".split("|")
+PLAN_COLUMNS = "method|clients|frozen|shared|personal|up|down|client|frozen|clients|activations|peak".split("|")
+PLAN_GROUPS = {2: "parameters", 5: "sent/client/round", 7: "state of a", 8: "memory of a device"}  # by first column
 
 
 def human_bytes(count: float) -> str:
-    """Bytes in binary units: 1536 is "1.5 KiB"."""
+    """Returns bytes in binary units: 1536 is "1.5 KiB"."""
     return _human(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
 
 
 def human_count(count: float) -> str:
-    """A number of parameters: 14316000000 is "14.3B"."""
+    """Returns a number of parameters in short form: 14316000000 is "14.3B"."""
     return _human(count, 1000, ("", "K", "M", "B", "T"))
 
 
@@ -49,113 +30,103 @@ def _human(count: float, base: int, units: Sequence[str]) -> str:
     return f"{count:.3g}{units[power]}"
 
 
-def mean_std(mean: float | None, std: float | None, seeds: int) -> str:
-    """ "43.13 +- 0.52"; without a spread for one seed, "-" for no number."""
-    if mean is None:
+def mean(values: Iterable[float | None]) -> float | None:
+    return mean_and_std(values)[0]
+
+
+def mean_std(values: Sequence[float | None], plus_minus: str = "+-") -> str:
+    """Returns the mean and the sample standard deviation, "43.13 +- 0.52", or the mean of a single value."""
+    average, std = mean_and_std(values)
+    if average is None:
         return "-"
-    return f"{mean:.2f} +- {std:.2f}" if seeds > 1 else f"{mean:.2f}"
+    return f"{average:.2f} {plus_minus} {std:.2f}" if len(values) > 1 else f"{average:.2f}"
 
 
-def mean_number(values: Iterable[float | None], form: str) -> str:
-    """The mean in the given format; "-" where a value is missing."""
-    values = list(values)
-    return "-" if None in values else format(fmean(values), form)
+def ranked_runs(results: Results) -> Runs:
+    """Returns the runs of each method, best mean ROUGE-L first; methods without a ROUGE-L come last."""
+    runs: Runs = {}
+    for run in results["runs"]:
+        runs.setdefault(run["method"], []).append(run)
+
+    def rank(method: str) -> float:
+        rouge = mean(run["average"].get("rougeL") for run in runs[method])
+        return math.inf if rouge is None else -rouge
+
+    return {method: runs[method] for method in sorted(runs, key=rank)}
 
 
-def ranked_methods(results: Mapping) -> list[str]:
-    """The methods by mean ROUGE-L, best first; those without one last, in the order of the runs."""
-    rouge = {row["method"]: row["mean"] for row in results["summary"] if row["metric"] == "rougeL"}
-    methods = dict.fromkeys(run["method"] for run in results["runs"])
-    return sorted(methods, key=lambda method: -rouge[method] if rouge.get(method) is not None else float("inf"))
+def client_values(runs: Iterable[RunEntry], metric: str) -> dict[int, list[float | None]]:
+    """Returns a metric's value in each run, by client id."""
+    values: dict[int, list[float | None]] = {}
+    for run in runs:
+        for client in run["clients"]:
+            values.setdefault(client["id"], []).append(client.get(metric))
+    return values
 
 
-def summary_rows(results: Mapping) -> list[list[str]]:
-    """The cells of the summary under SUMMARY_COLUMNS, one row a method, best ROUGE-L first."""
-    summary = {(row["method"], row["metric"]): row for row in results["summary"]}
+# What a run cost: its value, how to write it, and how to combine the seeds.
+COSTS: dict[str, tuple[Callable[[RunEntry], float | None], Callable[[float], str], Callable[..., float | None]]] = {
+    "up/round": (lambda run: run["communication"]["upload_bytes_per_client_round"], human_bytes, mean),
+    "down/round": (lambda run: run["communication"]["download_bytes_per_client_round"], human_bytes, mean),
+    "total sent": (lambda run: run["communication"]["total_bytes"], human_bytes, mean),
+    "frozen": (lambda run: run["parameters"]["frozen"], human_count, mean),
+    "shared": (lambda run: run["parameters"]["shared"], human_count, mean),
+    "personal": (lambda run: run["parameters"]["personal_per_client"], human_count, mean),
+    "compilation (s)": (lambda run: run["timing"]["compile_s"], "{:.1f}".format, max),  # later seeds reuse it
+    "s/round": (lambda run: run["timing"]["round_s_median"], "{:.3g}".format, mean),
+    "tokens/s": (lambda run: run["timing"]["train_tokens_per_s"], "{:,.0f}".format, mean),
+}
 
-    def score(method: str, metric: str) -> str:
-        row = summary.get((method, metric))
-        return mean_std(row["mean"], row["std"], row["seeds"]) if row else "-"
 
+def cost(column: str, runs: Iterable[RunEntry]) -> tuple[float | None, str]:
+    """Returns a column of COSTS for the runs of one method, as a number and as text."""
+    value, text, combine = COSTS[column]
+    number = combine(map(value, runs))
+    return number, "-" if number is None else text(number)
+
+
+def summary_rows(results: Results, plus_minus: str = "+-") -> list[list[str]]:
+    """Returns the cells of the summary under SUMMARY_COLUMNS, one row per method."""
     rows = []
-    for method in ranked_methods(results):
-        runs = [run for run in results["runs"] if run["method"] == method]
-        parameters = runs[0]["parameters"]  # the seed does not change them
-        rows.append(
-            [
-                method,
-                str(len(runs)),
-                score(method, "rougeL"),
-                score(method, "eval_loss"),
-                *(
-                    human_bytes(runs[0]["communication"][f"{way}_bytes_per_client_round"])
-                    for way in ("upload", "download")
-                ),
-                human_count(parameters["frozen"]),
-                human_count(parameters["shared"]),
-                human_count(parameters["personal_per_client"]),
-                mean_number((run["timing"]["round_s_median"] for run in runs), ".3g"),
-            ]
-        )
+    for method, runs in ranked_runs(results).items():
+        scores = [[run["average"].get(metric) for run in runs] for metric in ("rougeL", "eval_loss")]
+        costs = [cost(column, runs)[1] for column in SUMMARY_COLUMNS[4:]]
+        rows.append([method, str(len(runs)), *(mean_std(values, plus_minus) for values in scores), *costs])
     return rows
 
 
-def summary_table(results: Mapping) -> str:
-    """The content of results.json as an aligned table, best ROUGE-L (percent, mean +- std over seeds) first."""
+def summary_table(results: Results) -> str:
+    """Returns the results as an aligned table: one row per method, ROUGE-L in percent, best first."""
     return _align([SUMMARY_COLUMNS, *summary_rows(results)])
 
 
-def plan_table(plans: Sequence[Mapping]) -> str:
-    """What each method is about to cost, before anything is computed.
-
-    Args:
-      plans: one mapping a method. Parameter counts: frozen, shared, personal_per_client. Numbers of clients: clients,
-        cohort (those that train at once). Bytes: frozen_bytes (one copy for all), client_bytes (adapters and
-        optimiser state of one client), activation_bytes (of the whole cohort), peak_bytes, upload_bytes and
-        download_bytes (one client, one round).
-    """
-    rows = [
-        [
-            plan["method"],
-            f"{plan['cohort']} of {plan['clients']}" if plan["cohort"] != plan["clients"] else str(plan["clients"]),
-            human_count(plan["frozen"]),
-            human_count(plan["shared"]),
-            human_count(plan["personal_per_client"]),
-            human_bytes(plan["upload_bytes"]),
-            human_bytes(plan["download_bytes"]),
-            human_bytes(plan["client_bytes"]),
-            human_bytes(plan["frozen_bytes"]),
-            f"{plan['cohort']} x {human_bytes(plan['client_bytes'])}",
-            human_bytes(plan["activation_bytes"]),
-            human_bytes(plan["peak_bytes"]),
-        ]
-        for plan in plans
-    ]
+def plan_table(plans: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table of what each method will cost: the fields of its `Plan`, with its name, clients and cohort."""
+    rows = []
+    for plan in plans:
+        cohort, clients, client_bytes = plan["cohort"], plan["clients"], human_bytes(plan["client_bytes"])
+        rows.append(
+            [plan["method"], f"{clients}" if cohort == clients else f"{cohort} of {clients}"]
+            + [human_count(plan[role]) for role in ("frozen", "shared", "personal_per_client")]
+            + [human_bytes(plan["upload_bytes"]), human_bytes(plan["download_bytes"]), client_bytes]
+            + [human_bytes(plan["frozen_bytes"]), f"{cohort} x {client_bytes}"]
+            + [human_bytes(plan["activation_bytes"]), human_bytes(plan["peak_bytes"])]
+        )
     return _align([PLAN_COLUMNS, *rows], PLAN_GROUPS)
 
 
 def _align(rows: Sequence[Sequence[str]], groups: Mapping[int, str] | None = None) -> str:
-    """Rows as lines of equal columns, the first one left-aligned, a rule under the header.
+    """Aligns the columns and draws a rule under the first row.
 
-    `groups` puts a line above the header: the text over the columns from that one up to the next group.
+    `groups` are titles above the first row: each spans the columns from its key up to the next key.
     """
+    groups, titles = groups or {}, ""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if groups:
-        ends = [*list(groups)[1:], len(widths)]
-        for (start, text), end in zip(groups.items(), ends, strict=True):  # room for the text over narrow columns
-            widths[start] += max(0, len(text) - sum(widths[start:end]) - 2 * (end - start - 1))
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    for (start, title), end in zip(groups.items(), [*groups, len(widths)][1:], strict=True):
+        span = sum(widths[start:end]) + 2 * (end - start - 1)
+        widths[start] += max(0, len(title) - span)
+        titles = titles.ljust(sum(widths[:start]) + 2 * start) + title.center(span)
+    first, *others = widths
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    if groups:
-        above = ""
-        for (start, text), end in zip(groups.items(), ends, strict=True):
-            above = above.ljust(sum(widths[:start]) + 2 * start)
-            above += text.center(sum(widths[start:end]) + 2 * (end - start - 1))
-        lines.insert(0, above.rstrip())
-    return "\n".join(lines)
+    return "\n".join([titles.rstrip(), *lines] if titles else lines)

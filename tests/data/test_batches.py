@@ -6,13 +6,14 @@ from flex_jax.data.batches import (
     calibration_batches,
     encode_client,
     evaluation_batches,
+    interleave,
     round_batches,
 )
 from flex_jax.data.prompts import encode
 
 
 def numbered(count: int, sequence: int = 6) -> ClientDataset:
-    """Example i holds the token i at every position; 2 prompt tokens, 4 in all."""
+    """Example i has the token i at every position, and 4 tokens, 2 of them in the prompt."""
     tokens = np.repeat(np.arange(count, dtype=np.int32)[:, None], sequence, axis=1)
     return ClientDataset(f"n{count}", tokens, np.full(count, 4, np.int32), np.full(count, 2, np.int32))
 
@@ -82,7 +83,7 @@ def test_round_and_seed_change_the_draw(change):
 
 
 def test_calibration_takes_the_first_examples_in_one_shape():
-    batches = list(calibration_batches(numbered(20), examples=7, batch_size=3))
+    batches = list(calibration_batches(numbered(20), num_examples=7, batch_size=3))
     assert [tokens.shape for tokens, _ in batches] == [(3, 6)] * 3
     assert {array.dtype for batch in batches for array in batch} == {np.dtype(np.int32)}
     mask = np.concatenate([mask for _, mask in batches])
@@ -91,8 +92,15 @@ def test_calibration_takes_the_first_examples_in_one_shape():
 
 
 def test_calibration_of_a_small_client_takes_what_there_is():
-    masks = [mask for _, mask in calibration_batches(numbered(2), examples=7, batch_size=3)]
+    masks = [mask for _, mask in calibration_batches(numbered(2), num_examples=7, batch_size=3)]
     assert len(masks) == 1 and masks[0].any(axis=1).tolist() == [True, True, False]
+
+
+def test_interleave_takes_the_clients_in_turns():
+    pooled = interleave([numbered(3), numbered(1)._replace(tokens=np.full((1, 6), 9, np.int32)), numbered(2)], 5)
+    assert pooled.name == "pooled"
+    assert pooled.tokens[:, 0].tolist() == [0, 9, 0, 1, 1]
+    assert pooled.lengths.tolist() == [4] * 5 and pooled.prompt_lengths.tolist() == [2] * 5
 
 
 def test_evaluation_counts_every_example_of_every_client_once():

@@ -2,7 +2,8 @@ from collections import Counter
 
 import pytest
 
-from flex_jax.data.partition import KINDS, partition
+from flex_jax.config import SCHEMA
+from flex_jax.data.partition import KINDS, PartitionSettings, partition
 from flex_jax.data.sources import load_records
 from flex_jax.errors import InputError
 
@@ -19,6 +20,10 @@ def make(category: str, count: int, **columns: str) -> list[dict[str, str]]:
 RECORDS = make("a", 60, team="red") + make("b", 90, team="blue") + make("c", 30, team="blue")
 
 
+def divide(records, kind, num_clients=3, seed=0, **settings):
+    return partition(records, PartitionSettings(kind, **settings), num_clients=num_clients, seed=seed)
+
+
 def group(record):
     return record["instruction"].strip(), record["context"].strip()
 
@@ -32,12 +37,18 @@ def assert_no_leak(clients):
     assert all(group(record) not in test for client in clients for record in client.train)
 
 
-def arguments(kind, clients=3):
-    return {"kind": kind, "clients": 2 if kind == "column" else clients, "column": "team", "test_examples": 6}
+def divide_as(kind, records, seed):
+    return divide(records, kind, 2 if kind == "column" else 3, seed, column="team", test_examples=6)
+
+
+def test_the_config_accepts_exactly_the_kinds_of_partition():
+    check = SCHEMA["data.partition"].check
+    assert check.allowed == f"one of {', '.join(KINDS)}"
+    assert all(map(check.accepts, KINDS)) and not check.accepts("sorted")
 
 
 def test_pathological_clients_own_one_category_each():
-    clients = partition(RECORDS, kind="pathological", clients=3, seed=0, test_examples=7)
+    clients = divide(RECORDS, "pathological", test_examples=7)
     assert [client.name for client in clients] == ["a", "b", "c"]
     assert [len(client.test) for client in clients] == [7, 7, 7]
     assert [len(client.train) for client in clients] == [53, 83, 23]
@@ -45,7 +56,7 @@ def test_pathological_clients_own_one_category_each():
 
 
 def test_pathological_owners_of_one_category_split_it():
-    clients = partition(RECORDS, kind="pathological", clients=3, seed=0, categories=("b", "a"), test_examples=5)
+    clients = divide(RECORDS, "pathological", categories=("b", "a"), test_examples=5)
     assert [client.name for client in clients] == ["b_1", "a", "b_2"]
     first, second = (set(ids(clients[i].train + clients[i].test)) for i in (0, 2))
     assert first.isdisjoint(second) and first | second == set(ids(make("b", 90)))
@@ -53,13 +64,13 @@ def test_pathological_owners_of_one_category_split_it():
 
 
 def test_fewer_clients_than_categories():
-    clients = partition(RECORDS, kind="pathological", clients=2, seed=0)
+    clients = divide(RECORDS, "pathological", num_clients=2)
     assert [client.name for client in clients] == ["a", "b"]
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet_split"])
 def test_a_split_is_disjoint_and_complete(kind):
-    clients = partition(RECORDS, kind=kind, clients=3, seed=1, alpha=2.0, test_examples=6)
+    clients = divide(RECORDS, kind, seed=1, alpha=2.0, test_examples=6)
     everything = [record for client in clients for record in ids(client.train + client.test)]
     assert sorted(everything) == sorted(ids(RECORDS))
     sizes = [len(client.train) + len(client.test) for client in clients]
@@ -69,7 +80,7 @@ def test_a_split_is_disjoint_and_complete(kind):
 def test_alpha_tells_how_unequal_a_dirichlet_split_is():
     def largest_share(alpha):
         records = make("a", 900) + make("b", 900) + make("c", 900)
-        clients = partition(records, kind="dirichlet_split", clients=3, seed=0, alpha=alpha)
+        clients = divide(records, "dirichlet_split", alpha=alpha)
         return max(sum(record["category"] == "a" for record in client.train + client.test) for client in clients) / 900
 
     assert largest_share(1000.0) == pytest.approx(1 / 3, abs=0.03)
@@ -77,24 +88,24 @@ def test_alpha_tells_how_unequal_a_dirichlet_split_is():
 
 
 def test_dirichlet_draws_with_replacement_and_shares_its_test():
-    clients = partition(RECORDS, kind="dirichlet", clients=4, seed=0, alpha=1.0, test_examples=8)
+    clients = divide(RECORDS, "dirichlet", num_clients=4, alpha=1.0, test_examples=8)
     assert all(len(client.train) == 1000 for client in clients)
     assert all(client.test == clients[0].test for client in clients)
     assert Counter(record["category"] for record in clients[0].test) == {"a": 8, "b": 8, "c": 8}
     assert clients[0].train != clients[1].train
-    capped = partition(RECORDS, kind="dirichlet", clients=4, seed=0, examples_per_client=40)
+    capped = divide(RECORDS, "dirichlet", num_clients=4, examples_per_client=40)
     assert {len(client.train) for client in capped} == {40}
 
 
 def test_dirichlet_proportions_do_not_follow_category_sizes():
     records = make("a", 3000) + make("b", 300)
-    clients = partition(records, kind="dirichlet", clients=20, seed=0, alpha=1e6, test_examples=8)
+    clients = divide(records, "dirichlet", num_clients=20, alpha=1e6, test_examples=8)
     share = sum(record["category"] == "b" for client in clients for record in client.train) / 20_000
     assert share == pytest.approx(0.5, abs=0.02)
 
 
 def test_column_gives_one_client_a_value():
-    clients = partition(RECORDS, kind="column", clients=2, seed=0, column="team")
+    clients = divide(RECORDS, "column", num_clients=2, column="team")
     assert [client.name for client in clients] == ["blue", "red"]
     assert {record["team"] for record in clients[0].train + clients[0].test} == {"blue"}
 
@@ -106,7 +117,7 @@ def test_repeated_prompts_never_leak(kind):
         for r in RECORDS
         for other, team in (("a", "red"), ("b", "blue"))
     ]
-    clients = partition(RECORDS + repeated, seed=0, **arguments(kind))
+    clients = divide_as(kind, RECORDS + repeated, seed=0)
     assert_no_leak(clients)
     for client in clients:
         assert len({group(record) for record in client.test}) == len(client.test)
@@ -114,27 +125,27 @@ def test_repeated_prompts_never_leak(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_alone_decides(kind):
-    first, again = (partition(list(RECORDS), seed=3, **arguments(kind)) for _ in range(2))
+    first, again = (divide_as(kind, list(RECORDS), seed=3) for _ in range(2))
     assert first == again
-    assert partition(RECORDS, seed=4, **arguments(kind)) != first
+    assert divide_as(kind, RECORDS, seed=4) != first
 
 
 def test_at_most_a_third_is_held_out():
-    clients = partition(make("a", 10), kind="iid", clients=1, seed=0, test_examples=25)
+    clients = divide(make("a", 10), "iid", num_clients=1, test_examples=25)
     assert (len(clients[0].test), len(clients[0].train)) == (3, 7)
 
 
 def test_examples_per_client_caps_training_and_leaves_the_test():
-    free = partition(RECORDS, kind="pathological", clients=3, seed=0, test_examples=6)
-    capped = partition(RECORDS, kind="pathological", clients=3, seed=0, test_examples=6, examples_per_client=10)
+    free = divide(RECORDS, "pathological", test_examples=6)
+    capped = divide(RECORDS, "pathological", test_examples=6, examples_per_client=10)
     assert [len(client.train) for client in capped] == [10, 10, 10]
     assert [client.test for client in capped] == [client.test for client in free]
 
 
 def test_training_records_come_in_random_order():
-    # The first of them calibrate the graft: they must not be one corner of a sorted file.
+    # The first records calibrate the graft, so they must not all come from one part of a sorted file.
     sorted_file = make("a", 300, team="red") + make("b", 300, team="red")
-    train = partition(sorted_file, kind="column", clients=1, seed=0, column="team")[0].train
+    train = divide(sorted_file, "column", num_clients=1, column="team")[0].train
     assert 30 < sum(record["category"] == "a" for record in train[:128]) < 98
 
 
@@ -142,33 +153,33 @@ def test_training_records_come_in_random_order():
     ("options", "message"),
     [
         ({"kind": "sorted"}, "'sorted' is unknown; choose one of pathological, dirichlet"),
-        ({"kind": "iid", "clients": 0}, "clients=0"),
+        ({"kind": "iid", "num_clients": 0}, "clients=0"),
         ({"kind": "dirichlet", "alpha": 0.0}, "data.alpha=0.0: must be a positive number"),
         ({"kind": "dirichlet_split", "alpha": float("nan")}, "data.alpha=nan"),
         ({"kind": "iid", "categories": ("a", "z")}, "no record of category 'z'; found are a, b, c"),
         ({"kind": "iid", "categories": ("a", "a")}, "names 'a' 2 times"),
         ({"kind": "column"}, "needs data.column"),
         ({"kind": "column", "column": "floor"}, "'floor': the record 'a0' has no value there; its columns are instruc"),
-        ({"kind": "column", "column": "team", "clients": 3}, "has 2 values, but clients=3.*The values: blue, red"),
+        ({"kind": "column", "column": "team", "num_clients": 3}, "has 2 values, but clients=3.*The values: blue, red"),
         (
-            {"kind": "pathological", "categories": ("c",), "clients": 20},
+            {"kind": "pathological", "categories": ("c",), "num_clients": 20},
             "client 0 .'c_1', of categories c. has no test record",
         ),
-        ({"kind": "dirichlet_split", "alpha": 1e-3, "clients": 20}, r"client \d+ .* larger data.alpha"),
+        ({"kind": "dirichlet_split", "alpha": 1e-3, "num_clients": 20}, r"client \d+ .* larger data.alpha"),
         ({"kind": "iid", "test_examples": 0}, "client 0 .* has no test record"),
     ],
 )
 def test_mistakes_are_one_clear_line(options, message):
     with pytest.raises(InputError, match=message):
-        partition(RECORDS, **({"clients": 2, "seed": 0} | options))
+        divide(RECORDS, **({"num_clients": 2} | options))
 
 
 def test_a_client_left_without_training_records_is_named():
-    # Between them the clients hold out each of the three prompts that all of them have.
+    # All clients have the same three prompts, and each prompt is held out by some client.
     letters = "abcdefghij"
     records = [dict(record, category=letter) for letter in letters for record in make("same", 3)]
     with pytest.raises(InputError, match="client 0 .'a', of categories a, b, .* has no training record"):
-        partition(records, kind="pathological", clients=len(letters), seed=0)
+        divide(records, "pathological", num_clients=len(letters))
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +189,16 @@ def dolly(shared_data):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "column"])
 def test_dolly_does_not_leak(dolly, kind):
-    clients = partition(dolly, kind=kind, clients=16, seed=0, alpha=5.0)
+    clients = divide(dolly, kind, num_clients=16, alpha=5.0)
     assert_no_leak(clients)
     assert all(len(client.test) == (200 if kind == "dirichlet" else 25) for client in clients)
 
 
 def test_the_papers_dolly_clients(dolly):
     tasks = ("closed_qa", "information_extraction", "classification", "summarization")
-    clients = partition(dolly, kind="pathological", clients=4, seed=0, categories=tasks)
+    clients = divide(dolly, "pathological", num_clients=4, categories=tasks)
     counts = {"closed_qa": 1773, "information_extraction": 1506, "classification": 2136, "summarization": 1188}
     assert [client.name for client in clients] == list(tasks)
     for client in clients:
-        # What is missing are the repeats of held-out prompts.
+        # The missing records repeat a held-out prompt.
         assert 0.99 * counts[client.name] < len(client.train) + len(client.test) <= counts[client.name]

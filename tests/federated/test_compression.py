@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flex_jax.federated.compression import COMPRESSIONS, Int8, TopK, compress, decompress, init_residual, tree_bytes
+from flex_jax.federated.compression import (
+    PACKERS,
+    ByteCount,
+    Int8,
+    TopK,
+    compress,
+    decompress,
+    init_residual,
+    tree_bytes,
+)
 
 KEY = jax.random.key(0)
 
@@ -74,7 +83,7 @@ def test_int8_draws_anew_for_every_leaf():
     assert 100 < (sent["a"].values != sent["b"].values).sum() < 900
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("compression", PACKERS)
 def test_zeros_stay_zeros_and_a_diverged_client_is_not_hidden(compression):
     with jax.debug_nans(True):  # 0 / 0 would end as some integer times a scale of zero, where it does not trap
         np.testing.assert_array_equal(one(np.zeros((2, 3), np.float32), compression)[1], np.zeros((2, 3)))
@@ -115,7 +124,7 @@ def test_error_feedback_loses_nothing_over_rounds():
         np.testing.assert_allclose(total + left, 0.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("compression", PACKERS)
 def test_clients_under_vmap_equal_a_loop(compression):
     uploads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(tree, range(3)))
     residuals = jax.tree.map(lambda leaf: leaf + 0.3, init_residual(uploads, compression))
@@ -146,3 +155,27 @@ def test_bytes_by_hand_and_an_empty_tree(compression, expected):
     assert tree_bytes(jax.eval_shape(step, tree(0), residual, KEY)[0]) == expected
     assert step({}, init_residual({}, compression), KEY) == ({}, {})
     assert decompress({}, {}) == {} and tree_bytes({}) == 0
+
+
+GIB4 = 2**32
+
+
+def test_bytes_beyond_four_gib_are_exact():
+    """1.125 MiB for each of 4,096 stacked ranks; a 32-bit product would be 536,870,912."""
+    count = ByteCount(fixed=0, per_unit=9 * 2**17, units=np.int32(4096))
+    assert count.tolist() == 4_831_838_208 == GIB4 + 536_870_912
+    assert ByteCount(3 * GIB4 + 1).tolist() == 3 * GIB4 + 1
+    assert ByteCount(5, 7, np.int32([0, 2])).tolist() == [5, 19]
+
+
+def test_byte_counts_leave_a_jit_and_a_vmap():
+    """For one client and for a cohort; one that has no units is the same for each client of a cohort."""
+
+    def client(rank):
+        return ByteCount(4, 9 * 2**17, rank), ByteCount(GIB4)
+
+    alone = jax.jit(client)(jnp.int32(4096))
+    cohort = jax.device_get(jax.jit(jax.vmap(client))(jnp.array([1, 4096], jnp.int32)))
+    assert [count.tolist() for count in alone] == [4_831_838_212, GIB4]
+    assert [count.tolist() for count in cohort] == [[9 * 2**17 + 4, 4_831_838_212], [GIB4, GIB4]]
+    assert all(type(number) is int for count in cohort for number in count.tolist())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flex_jax.grafting import reconstruction_losses
-from flex_jax.grafting.selection import at_random, by_reconstruction, by_router, select
+from flex_jax.grafting.selection import SelectionSettings, at_random, by_reconstruction, by_router, select
 from flex_jax.grafting.surgery import fill_slots
 from flex_jax.models.config import SlotConfig
 from flex_jax.models.decoder import Decoder
@@ -27,10 +27,10 @@ def calibration(model_config):
 
 @pytest.fixture(scope="module")
 def layers(model, params, calibration):
-    """What a NumPy reader of the model needs: per batch the MoE inputs and router logits [L, C, B, S, .]."""
+    """Per batch what the NumPy reference needs: MoE inputs, outputs, router logits and indices [L, C, B, S, .]."""
 
     def observe(seen, _):
-        return seen.x, seen.routed, seen.router_logits, seen.index
+        return seen.x, seen.routed, seen.router_logits, seen.expert_index
 
     def inputs(tokens):
         flat = tokens.reshape(C * B, S)
@@ -47,23 +47,23 @@ def expert(params, layer, e, x):
     return (gate / (1 + np.exp(-gate)) * up) @ np.asarray(moe["down"][layer, e], np.float64)
 
 
-def kept_output(params, layer, kept, x, logits):
-    """The layer with only the experts `kept`: the router's softmax over them."""
-    share = np.exp(logits[..., kept] - logits[..., kept].max(-1, keepdims=True))
+def selected_output(params, layer, selected, x, logits):
+    """The layer with only the experts `selected`, and the router's softmax over them."""
+    share = np.exp(logits[..., selected] - logits[..., selected].max(-1, keepdims=True))
     share /= share.sum(-1, keepdims=True)
-    return sum(share[..., j, None] * expert(params, layer, e, x) for j, e in enumerate(kept))
+    return sum(share[..., j, None] * expert(params, layer, e, x) for j, e in enumerate(selected))
 
 
-def loop_losses(config, params, calibration, layers, client, kept):
-    """sum over sequences of the Frobenius norm, [L, E], by loops; kept[l] are the experts kept already."""
-    losses = np.zeros((config.layers, config.experts))
+def loop_losses(config, params, calibration, layers, client, selected):
+    """Sums the Frobenius norm over sequences by loops, [L, E]. selected[l] are the experts selected so far."""
+    losses = np.zeros((config.num_layers, config.num_experts))
     for (_, mask), (xs, routed, logits, _) in zip(calibration, layers, strict=True):
-        for layer in range(config.layers):
-            for e in range(config.experts):
+        for layer in range(config.num_layers):
+            for e in range(config.num_experts):
                 for b in range(B):
                     real = mask[client, b].astype(bool)
                     x, target, scores = (a[layer, client, b][real] for a in (xs, routed, logits))
-                    out = kept_output(params, layer, [*kept[layer], e], x, scores)
+                    out = selected_output(params, layer, [*selected[layer], e], x, scores)
                     losses[layer, e] += np.sqrt(((out - target) ** 2).sum())
     return losses
 
@@ -72,34 +72,34 @@ def loop_losses(config, params, calibration, layers, client, kept):
 def test_losses_equal_a_plain_loop(model, model_config, params, calibration, layers, client):
     batches = [(tokens[client], mask[client]) for tokens, mask in calibration]
     ours = reconstruction_losses(model, params, batches)
-    expected = loop_losses(model_config, params, calibration, layers, client, [[]] * model_config.layers)
-    assert ours.shape == (model_config.layers, model_config.experts)
+    expected = loop_losses(model_config, params, calibration, layers, client, [[]] * model_config.num_layers)
+    assert ours.shape == (model_config.num_layers, model_config.num_experts)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
 def test_the_routed_output_is_that_of_the_layer(model_config, params, layers):
-    """M(X) itself by hand, so that the losses are not measured against the same mistake."""
+    """Computes M(X) by hand: a mistake in it would be in both losses."""
     xs, routed, logits, _ = layers[0]
     share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    for layer in range(model_config.layers):
-        order = np.argsort(-share[layer], axis=-1)[..., : model_config.experts_per_token]
+    for layer in range(model_config.num_layers):
+        order = np.argsort(-share[layer], axis=-1)[..., : model_config.num_experts_per_tok]
         expected = np.zeros_like(routed[layer])
-        for e in range(model_config.experts):
+        for e in range(model_config.num_experts):
             weight = np.where((order == e).any(-1), share[layer][..., e], 0.0)
             expected += weight[..., None] * expert(params, layer, e, xs[layer])
         np.testing.assert_allclose(routed[layer], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_chosen_experts_are_the_loops_one_and_greedy_three(model, model_config, params, calibration, layers):
+def test_one_and_three_selected_experts_are_those_of_the_loops(model, model_config, params, calibration, layers):
     chosen = by_reconstruction(model, params, lambda: iter(calibration), 3)
     for client in range(C):
-        kept = [[] for _ in range(model_config.layers)]
+        selected = [[] for _ in range(model_config.num_layers)]
         for _ in range(3):
-            losses = loop_losses(model_config, params, calibration, layers, client, kept)
-            for layer in range(model_config.layers):
-                losses[layer, kept[layer]] = np.inf
-                kept[layer].append(int(losses[layer].argmin()))
-        assert chosen[client].tolist() == kept
+            losses = loop_losses(model_config, params, calibration, layers, client, selected)
+            for layer in range(model_config.num_layers):
+                losses[layer, selected[layer]] = np.inf
+                selected[layer].append(int(losses[layer].argmin()))
+        assert chosen[client].tolist() == selected
     one = by_reconstruction(model, params, lambda: iter(calibration), 1)
     np.testing.assert_array_equal(one, chosen[..., :1])
 
@@ -107,32 +107,32 @@ def test_the_chosen_experts_are_the_loops_one_and_greedy_three(model, model_conf
 def test_router_choice_is_the_most_routed(model, model_config, params, calibration, layers):
     chosen = by_router(model, params, lambda: iter(calibration), 2)
     for client in range(C):
-        for layer in range(model_config.layers):
-            counts = np.zeros(model_config.experts)
+        for layer in range(model_config.num_layers):
+            counts = np.zeros(model_config.num_experts)
             for (_, mask), (*_, index) in zip(calibration, layers, strict=True):
                 real = index[layer, client][mask[client].astype(bool)].astype(int)
-                counts += np.bincount(real.ravel(), minlength=model_config.experts)
+                counts += np.bincount(real.ravel(), minlength=model_config.num_experts)
             best = counts[chosen[client, layer]]
             assert best.tolist() == sorted(counts)[::-1][:2]
 
 
-def test_random_choice_repeats_by_key_and_never_takes_an_expert_twice(model, params):
-    first, again, other = (at_random(jax.random.PRNGKey(seed), 5, 4, 6, 3) for seed in (0, 0, 1))
+def test_a_random_selection_repeats_by_key_and_selects_no_expert_twice(model, params):
+    first, again, other = (at_random(jax.random.PRNGKey(seed), (5, 4, 6), 3) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert all(len(set(experts)) == 3 for experts in first.reshape(-1, 3).tolist())
-    chosen = select(model, params, None, selection="random", experts=3, clients=5, key=jax.random.PRNGKey(0))
-    assert chosen.shape == (5, model.config.layers, 3)
+    chosen = select(model, params, None, SelectionSettings("random", 3), num_clients=5, key=jax.random.PRNGKey(0))
+    assert chosen.shape == (5, model.config.num_layers, 3)
 
 
 @pytest.mark.parametrize("gate_init", ["router", "closed"])
-def test_surgery_copies_the_chosen_experts_and_their_gates(model_config, params, gate_init):
+def test_surgery_copies_the_experts_and_their_gates(model_config, params, gate_init):
     chosen = np.array([[4, 0], [2, 5], [1, 3]], np.int32)
-    slot = SlotConfig(experts=2, gate_init=gate_init)
+    slot = SlotConfig(num_experts=2, gate_init=gate_init)
     adapters, grafts = fill_slots(params, jnp.asarray(chosen), slot, jax.random.PRNGKey(0))
     tree, moe = adapters["layers"]["moe"]["slot"], params["layers"]["moe"]
     np.testing.assert_array_equal(grafts["layers"]["moe"]["slot"]["expert_index"], chosen)
-    for layer in range(model_config.layers):
+    for layer in range(model_config.num_layers):
         for j, e in enumerate(chosen[layer]):
             gate, up = jnp.split(moe["gate_up"][layer, e], 2, axis=-1)
             np.testing.assert_array_equal(tree["gate_proj"]["kernel"][layer, j], gate)

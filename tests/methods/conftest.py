@@ -1,3 +1,3 @@
-"""The federation of tests/federated, for methods."""
+"""The fixtures of a small federation."""
 
-from tests.federated.conftest import batches, examples, one_round, prepared, recipe_of, round_of  # noqa: F401  (fixtures)
+from tests.federated.fixtures import batches, examples, one_round, prepared, round_of, run_rounds, spec_of  # noqa: F401

@@ -1,4 +1,4 @@
-"""Hugging Face directories: round trip, dtypes, and every fault named."""
+"""Hugging Face directories: round trip, dtypes, and errors that name every fault."""
 
 import dataclasses
 import json
@@ -16,14 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from flex_jax import load_pretrained
 from flex_jax.errors import InputError
-from flex_jax.models.checkpoint import (
-    INDEX,
-    WEIGHTS,
-    empty_params,
-    find_checkpoint,
-    save_pretrained,
-    write_shards,
-)
+from flex_jax.models.checkpoint import INDEX, WEIGHTS, empty_params, find_checkpoint, save_pretrained, write_shards
 from flex_jax.models.decoder import Decoder
 from flex_jax.ops.quantised import Quantised, dequantise
 
@@ -81,14 +74,14 @@ def test_shards_hold_the_same_bits(directory, shards, params):
 def test_a_missing_or_truncated_shard_is_named(directory, shards):
     content = shards[1].read_bytes()
     shards[1].write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=f"{shards[1].name}: not a whole safetensors file"):
+    with pytest.raises(InputError, match=f"{shards[1].name}: cannot be read as a complete safetensors file"):
         load_pretrained(directory)
     shards[1].unlink()
     with pytest.raises(InputError, match=f"{shards[1].name}: missing weights file"):
         load_pretrained(directory)
     for index, words in (
         ({}, "'weight_map' is missing"),
-        ({"weight_map": {"model.norm.weight": 3}}, "3 is not the name of a file beside it"),
+        ({"weight_map": {"model.norm.weight": 3}}, "3 is not the name of a file next to it"),
         ({"weight_map": {"model.norm.weight": "../other.safetensors"}}, "other.safetensors' is not the name of a file"),
     ):
         (directory / INDEX).write_text(json.dumps(index))
@@ -100,7 +93,7 @@ def test_a_tensor_in_two_shards_is_named(directory, shards):
     tensors = load_file(shards[1])
     name = sorted(load_file(shards[0]))[0]
     save_file(tensors | {name: np.zeros(1, np.float32)}, shards[1])
-    with pytest.raises(InputError, match=f"tensor {name} is in another file of the checkpoint too"):
+    with pytest.raises(InputError, match=f"tensor {name} is also in another file of the checkpoint"):
         load_pretrained(directory)
 
 
@@ -167,7 +160,7 @@ def test_another_vocabulary_is_named(directory):
 
 
 def test_a_matrix_that_cannot_be_quantised_is_named(tmp_path, model_config):
-    odd = dataclasses.replace(model_config, expert_width=7)
+    odd = dataclasses.replace(model_config, moe_intermediate_size=7)
     save_pretrained(tmp_path, odd, Decoder(odd).init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"])
     load_pretrained(tmp_path)
     with pytest.raises(InputError, match="layers/moe/down has 7 inputs; int8 needs an even number"):
@@ -193,7 +186,7 @@ def test_quantised_layers_hold_the_nearest_integers(directory, params, kind):
 
 
 def test_parameters_go_straight_to_the_devices_they_are_sharded_over(directory):
-    """In a process of its own, which has two devices."""
+    """In a separate process, which has two devices."""
     program = f"""
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -205,7 +198,7 @@ def sharding(path, shape):
 for kind in (None, "int4"):
     model, plain = load_pretrained({str(directory)!r}, quantisation=kind)
     divided, sharded = load_pretrained({str(directory)!r}, quantisation=kind, sharding=sharding)
-    assert model.stacked and not divided.stacked  # a divided stack of layers is never put together whole
+    assert model.stacked and not divided.stacked  # a divided stack is never all-gathered
     jax.tree.map(np.testing.assert_array_equal, plain, sharded)
     for leaf in jax.tree.leaves(sharded["layers"]["moe"]["gate_up"]):
         assert [shard.data.shape[1] for shard in leaf.addressable_shards] == [3, 3], leaf.sharding
@@ -216,7 +209,7 @@ for kind in (None, "int4"):
 
 
 def test_loading_takes_little_more_memory_than_the_parameters():
-    """benchmarks/loading.py on a checkpoint of 0.5 GB; its figure for 2 GB and more is in benchmarks/README.md."""
+    """benchmarks/loading.py on a checkpoint of 0.5 GB. benchmarks/README.md has its result for 2 GB and more."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "benchmarks/loading.py", "--gigabytes", "0.5", "--shards", "3"]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -235,7 +228,7 @@ def test_what_is_no_directory_is_looked_up_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_a_model_in_the_hub_cache_loads_by_its_name(directory, tmp_path, monkeypatch, params):
-    """The cache as huggingface_hub lays it out, filled by hand; no network."""
+    """The cache has the layout of huggingface_hub and is filled by hand: no network."""
     cached = tmp_path / "hub" / "models--someone--small"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("abc")
@@ -251,7 +244,7 @@ def test_missing_and_broken_files(tmp_path, directory):
         load_pretrained(tmp_path)
     weights = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="cannot be read as a complete safetensors file"):
         load_pretrained(directory)
     (directory / WEIGHTS).unlink()
     with pytest.raises(InputError, match="missing weights file"):
@@ -283,18 +276,18 @@ def test_missing_and_broken_files(tmp_path, directory):
         ({"rope_parameters": {"rope_type": "linear", "factor": "four"}}, "factor 'four' .only a number above 0"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": -1}}, "factor -1 .only a number above 0"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1}}, "rope_theta 1.0 .only a number above 1"),
-        ({"num_experts_per_tok": 7}, "7 experts a token of 6"),
-        ({"num_key_value_heads": 3}, "4 query heads over 3 key-value heads"),
+        ({"num_experts_per_tok": 7}, "7 experts per token .only up to the 6 experts"),
+        ({"num_key_value_heads": 3}, "3 key-value heads .only a divisor of the 4 query heads"),
         ({"model_type": "mixtral", "num_local_experts": 6, "intermediate_size": 8, "sliding_window": 64}, "sliding"),
         ({"model_type": "olmoe", "intermediate_size": 8, "clip_qkv": 8.0}, "clip_qkv 8.0"),
         (DEEPSEEK | {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' .only 'greedy' or 'group_limited_greedy'"),
         (DEEPSEEK | {"norm_topk_prob": True}, "norm_topk_prob True"),
-        (DEEPSEEK | {"first_k_dense_replace": 3}, "3 layers without experts of 3"),
+        (DEEPSEEK | {"first_k_dense_replace": 3}, "3 dense layers .only fewer than the 3 layers"),
         (DEEPSEEK | {"n_shared_experts": "2"}, "n_shared_experts '2' .only an integer"),
         (DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": "2", "topk_group": 1}, "only integers"),
         (
             DEEPSEEK | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
-            "6 experts in 4 groups, 2 of them a token",
+            "4 groups of 6 experts, 2 per token .only equal groups",
         ),
         (DEEPSEEK | {"model_type": "deepseek", "scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
     ],

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flex_jax.federated.placement import merge
+from flex_jax.federated.ownership import merge
 from flex_jax.grafting.surgery import fill_slots
-from flex_jax.models.adapters import init_attention_lora
-from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
+from flex_jax.models.adapters import AdapterConfig, init_attention_lora
+from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder, init_cache
-from flex_jax.ops.experts import Experts, dense_experts
+from flex_jax.ops.experts import ExpertOps, dense_experts
 
 
 def logits(model, params, tokens, adapters=None, grafts=None, **keywords):
@@ -18,9 +18,9 @@ def logits(model, params, tokens, adapters=None, grafts=None, **keywords):
     return model.apply(variables, tokens, **keywords).logits
 
 
-def slots(params, model_config, slot, chosen=None):
-    chosen = jnp.array([[0, 3], [5, 1], [2, 4]])[:, : slot.experts] if chosen is None else chosen
-    return fill_slots(params, chosen, slot, jax.random.PRNGKey(3))
+def slots(params, slot):
+    expert_index = jnp.array([[0, 3], [5, 1], [2, 4]])[:, : slot.num_experts]
+    return fill_slots(params, expert_index, slot, jax.random.PRNGKey(3))
 
 
 def test_no_adapters_and_fresh_lora_are_the_pretrained_model_bit_for_bit(model, model_config, params, tokens):
@@ -31,15 +31,15 @@ def test_no_adapters_and_fresh_lora_are_the_pretrained_model_bit_for_bit(model, 
 
 
 def test_sparse_experts_equal_dense_ones_in_the_whole_model(model, params, tokens):
-    dense = Decoder(model.config, experts=Experts(dense_experts))
+    dense = Decoder(model.config, experts=ExpertOps(dense_experts))
     np.testing.assert_allclose(logits(model, params, tokens), logits(dense, params, tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", ["full", "lora"])
 def test_a_closed_gate_is_the_pretrained_model_bit_for_bit(model_config, params, tokens, training):
-    slot = SlotConfig(experts=2, training=training, lora=LoraConfig(2, 4.0), gate_init="closed")
+    slot = SlotConfig(num_experts=2, training=training, lora=LoraConfig(2, 4.0), gate_init="closed")
     model = Decoder(model_config, AdapterConfig(LoraConfig(2, 4.0), slot))
-    adapters, grafts = slots(params, model_config, slot)
+    adapters, grafts = slots(params, slot)
     adapters["layers"]["moe"]["slot"]["gate_bias"] -= 1e4
     pretrained = logits(model, params, tokens)
     np.testing.assert_array_equal(pretrained, logits(model, params, tokens, adapters, grafts))
@@ -47,40 +47,46 @@ def test_a_closed_gate_is_the_pretrained_model_bit_for_bit(model_config, params,
     assert np.abs(pretrained - logits(model, params, tokens, adapters, grafts)).max() > 1e-4
 
 
-@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("num_experts", [1, 2])
 @pytest.mark.parametrize("gate", ["sigmoid", "none", "routing"])
-def test_the_slot_adds_gated_copies_of_the_grafted_experts(model_config, params, experts, gate):
-    """One MoE layer by hand: sum_j sigmoid(g_j x) P_j(x), g_j the router's column; without a gate sum_j P_j(x); and
-    sum_j w_j(x) (P_j(x) - E_j(x)) under the router's weights, 0 for a token that goes elsewhere."""
+def test_the_slot_adds_gated_copies_of_the_grafted_experts(model_config, params, num_experts, gate):
+    """Computes one MoE layer by hand.
+
+    sigmoid: sum_j sigmoid(g_j x) P_j(x), where g_j is the router's column. none: sum_j P_j(x). routing:
+    sum_j w_j(x) (P_j(x) - E_j(x)), where w_j is 0 for a token whose experts do not include E_j.
+    """
     from flex_jax.models.slot import PersonalSlot
     from flex_jax.ops.experts import ExpertWeights
 
-    slot, tokens = SlotConfig(experts=experts, gate=gate), 7
-    adapters, grafts = slots(params, model_config, slot)
-    own, grafts = (jax.tree.map(lambda leaf: leaf[1], tree["layers"]["moe"]["slot"]) for tree in (adapters, grafts))
-    own["down_proj"]["kernel"] *= 1.5  # trained away from the frozen expert
+    slot, tokens = SlotConfig(num_experts=num_experts, gate=gate), 7
+    adapters, grafts = slots(params, slot)
+    personal, grafts = (
+        jax.tree.map(lambda leaf: leaf[1], tree["layers"]["moe"]["slot"]) for tree in (adapters, grafts)
+    )
+    personal["down_proj"]["kernel"] *= 1.5  # trained away from the frozen expert
     moe = jax.tree.map(lambda leaf: np.asarray(leaf[1], np.float64), params["layers"]["moe"])
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(tokens, model_config.width)).astype(np.float32)
+    x = rng.normal(size=(tokens, model_config.hidden_size)).astype(np.float32)
     weights = ExpertWeights(*(jnp.asarray(moe[name], jnp.float32)[None] for name in ("gate_up", "down")))
-    index = np.stack([rng.permutation(model_config.experts)[:3] for _ in range(tokens)])
-    weight = rng.random((tokens, 3)).astype(np.float32)
-    ours = PersonalSlot(slot).apply({"adapters": own, "grafts": grafts}, x, weights, index, weight)
+    expert_index = np.stack([rng.permutation(model_config.num_experts)[:3] for _ in range(tokens)])
+    routing_weight = rng.random((tokens, 3)).astype(np.float32)
+    variables = {"adapters": personal, "grafts": grafts}
+    ours = PersonalSlot(slot).apply(variables, x, weights, expert_index, routing_weight)
     expected = 0.0
-    for e in [5, 1][:experts]:
+    for e in [5, 1][:num_experts]:
         gate_half, up = np.split(x @ moe["gate_up"][e], 2, axis=-1)
         output = (gate_half / (1 + np.exp(-gate_half)) * up) @ moe["down"][e]
-        routed = (weight * (index == e)).sum(-1)
+        routed = (routing_weight * (expert_index == e)).sum(-1)
         share = {"sigmoid": 1 / (1 + np.exp(-x @ moe["router"][:, e])), "none": np.ones(tokens), "routing": routed}
         expected = expected + (0.5 if gate == "routing" else 1.5) * share[gate][:, None] * output
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_lora_slot_starts_as_the_full_one_and_holds_no_expert(model_config, params, tokens):
+def test_a_lora_slot_starts_as_the_full_one_and_stores_no_expert(model_config, params, tokens):
     results, sizes = [], []
     for training in ("full", "lora"):
         slot = SlotConfig(training=training, lora=LoraConfig(2, 4.0))
-        adapters, grafts = slots(params, model_config, slot)
+        adapters, grafts = slots(params, slot)
         sizes.append(sum(leaf.size for leaf in jax.tree.leaves(adapters)))
         results.append(logits(Decoder(model_config, AdapterConfig(slot=slot)), params, tokens, adapters, grafts))
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,5 @@
-"""PEFT adapters out and in, and LoRA merged into weights, without torch."""
+"""PEFT adapters are written and read, and adapters are merged into weights, without torch."""
 
-import dataclasses
 import json
 
 import jax
@@ -11,30 +10,21 @@ from safetensors.numpy import load_file, save_file
 
 from flex_jax.errors import InputError
 from flex_jax.grafting.surgery import fill_slots
-from flex_jax.models.adapters import init_attention_lora
+from flex_jax.models.adapters import AdapterConfig, init_attention_lora
 from flex_jax.models.checkpoint import save_pretrained
-from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
+from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
-from flex_jax.models.peft import CONFIG, WEIGHTS, has_adapter, load_adapter, save_adapter
-from flex_jax.models.personalised import full_slot, merge_lora, save_personalised
+from flex_jax.models.export.peft import CONFIG, WEIGHTS, has_adapter, load_adapter, save_adapter
+from flex_jax.models.export.transformers import full_slot, merge_adapters, save_transformers
 
 LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.1)
 
 
 def trained_lora(config, lora=LORA):
-    """Attention LoRA of which no factor is zero."""
+    """Attention LoRA in which no factor is zero."""
     tree = init_attention_lora(jax.random.PRNGKey(3), config, lora)
     noise = np.random.default_rng(4)
     return jax.tree.map(lambda leaf: leaf + noise.standard_normal(leaf.shape).astype(np.float32), tree)
-
-
-@pytest.fixture(scope="session")
-def latent_config(model_config):
-    """Multi-head latent attention behind one dense layer."""
-    latent = {"latent_rank": 6, "query_rank": 5, "nope_dim": 4, "rope_dim": 2, "latent_value_dim": 3, "head_dim": 0}
-    return dataclasses.replace(
-        model_config, family="deepseek_v2", dense_layers=1, dense_width=20, attention_bias=False, kv_heads=4, **latent
-    )
 
 
 @pytest.mark.parametrize("kind", ["model_config", "latent_config"])
@@ -73,7 +63,7 @@ def test_names_and_shapes_are_those_of_peft(model_config, latent_config, tmp_pat
     assert modules == ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
 
 
-def test_half_an_adapter_is_none(model_config):
+def test_an_incomplete_adapter_is_none(model_config):
     adapters = trained_lora(model_config)
     assert has_adapter(model_config, adapters | {"else": {"leaf": jnp.zeros(1)}})
     del adapters["layers"]["attention"]["k_proj"]["lora_b"]
@@ -139,7 +129,7 @@ def test_all_wrong_tensors_are_named_at_once(directory, model_config):
 def test_missing_and_broken_files(directory, model_config):
     weights = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(weights[: len(weights) // 2])
-    assert "not a whole safetensors file" in refusal(directory, model_config)
+    assert "cannot be read as a complete safetensors file" in refusal(directory, model_config)
     (directory / WEIGHTS).unlink()
     assert "missing weights file" in refusal(directory, model_config)
     (directory / CONFIG).write_text("{")
@@ -149,37 +139,24 @@ def test_missing_and_broken_files(directory, model_config):
 
 
 def test_lora_is_merged_in_float32(model_config, params):
-    """On bfloat16 kernels too: the one rounding is that of the sum."""
+    """Only the sum is rounded to the bfloat16 of the kernels."""
     adapters = trained_lora(model_config)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    merged = merge_lora(half, adapters, LORA)
+    merged = merge_adapters(half, adapters, AdapterConfig(LORA))
     for name in ("q_proj", "k_proj", "v_proj"):
         pair, kernel = adapters["layers"]["attention"][name], half["layers"]["attention"][name]["kernel"]
         a, b, w = (np.asarray(array, np.float64) for array in (pair["lora_a"], pair["lora_b"], kernel))
         exact = jnp.asarray(w + 1.5 * a @ b, jnp.float32).astype(jnp.bfloat16)
         ours = merged["layers"]["attention"][name]["kernel"]
         assert ours.dtype == jnp.bfloat16
-        assert np.mean(np.asarray(ours != exact)) < 0.01  # sums that fall between two bfloat16 numbers
+        assert np.mean(np.asarray(ours != exact)) < 0.01  # sums halfway between two bfloat16 numbers
         merged["layers"]["attention"][name]["kernel"] = kernel
-    jax.tree.map(np.testing.assert_array_equal, merged, half)  # and nothing else is changed
+    jax.tree.map(np.testing.assert_array_equal, merged, half)  # nothing else has changed
 
 
-def test_what_clients_merged_goes_into_the_kernels(model_config, params):
-    """A `delta` beside a LoRA, both under alpha / rank: the merged weights give the logits of the adapters."""
-    adapters = trained_lora(model_config)
-    for name, pair in adapters["layers"]["attention"].items():
-        pair["delta"] = 0.1 * jax.random.normal(jax.random.PRNGKey(len(name)), (pair["lora_a"] @ pair["lora_b"]).shape)
-    model, tokens = Decoder(model_config, AdapterConfig(LORA)), jnp.arange(12)[None]
-    ours = model.apply({"params": params, "adapters": adapters}, tokens).logits
-    merged = model.apply({"params": merge_lora(params, adapters, LORA)}, tokens).logits
-    np.testing.assert_allclose(merged, ours, atol=1e-4)
-    del adapters["layers"]["attention"]["q_proj"]["delta"]
-    assert np.abs(model.apply({"params": params, "adapters": adapters}, tokens).logits - ours).max() > 1e-2
-
-
-def test_two_adapters_joined_are_one_of_twice_the_rank_on_disk(model_config, tmp_path):
-    """Their scale stays that of each: alpha doubles with the rank."""
-    joined = jax.tree.map(
+def test_two_concatenated_adapters_are_written_as_one_of_twice_the_rank(model_config, tmp_path):
+    """Their scale does not change: alpha doubles with the rank."""
+    concatenated = jax.tree.map(
         lambda pair: {
             "lora_a": jnp.concatenate([pair["lora_a"]] * 2, axis=-1),
             "lora_b": jnp.concatenate([pair["lora_b"]] * 2, axis=-2),
@@ -187,11 +164,11 @@ def test_two_adapters_joined_are_one_of_twice_the_rank_on_disk(model_config, tmp
         trained_lora(model_config),
         is_leaf=lambda node: "lora_a" in node,
     )
-    save_adapter(tmp_path, model_config, joined, LORA, "base")
+    save_adapter(tmp_path, model_config, concatenated, LORA, "base")
     raw = json.loads((tmp_path / CONFIG).read_text())
     assert (raw["r"], raw["lora_alpha"]) == (2 * LORA.rank, 2 * LORA.alpha)
     again = load_adapter(tmp_path, model_config, LoraConfig(2 * LORA.rank, 2 * LORA.alpha))
-    jax.tree.map(np.testing.assert_array_equal, again, joined)
+    jax.tree.map(np.testing.assert_array_equal, again, concatenated)
 
 
 def test_a_slot_without_a_gate_is_written_with_an_open_one(model_config, params):
@@ -204,30 +181,30 @@ def test_a_slot_without_a_gate_is_written_with_an_open_one(model_config, params)
 
 
 def test_a_slot_trained_by_lora_becomes_whole_experts(model_config, params):
-    slot = SlotConfig(experts=2, training="lora", lora=LoraConfig(rank=3, alpha=6.0))
-    chosen = jnp.array([[4, 1], [0, 5], [3, 2]])
-    tree, grafts = fill_slots(params, chosen, slot, jax.random.PRNGKey(0))
-    held = jax.tree.map(lambda leaf: leaf + 1.0, tree["layers"]["moe"]["slot"])
-    full = full_slot(params, held, grafts["layers"]["moe"]["slot"]["expert_index"], slot)
+    slot = SlotConfig(num_experts=2, training="lora", lora=LoraConfig(rank=3, alpha=6.0))
+    expert_index = jnp.array([[4, 1], [0, 5], [3, 2]])
+    tree, grafts = fill_slots(params, expert_index, slot, jax.random.PRNGKey(0))
+    trained = jax.tree.map(lambda leaf: leaf + 1.0, tree["layers"]["moe"]["slot"])
+    full = full_slot(params, trained, grafts["layers"]["moe"]["slot"]["expert_index"], slot)
     moe = params["layers"]["moe"]
     for name, weights in {
         "gate_proj": moe["gate_up"][..., :8],
         "up_proj": moe["gate_up"][..., 8:],
         "down_proj": moe["down"],
     }.items():
-        a, b = held[name]["lora_a"], held[name]["lora_b"]
+        a, b = trained[name]["lora_a"], trained[name]["lora_b"]
         np.testing.assert_allclose(full[name][1, 1], weights[1, 5] + 2.0 * a[1, 1] @ b[1, 1], atol=1e-4)
     assert "gate_bias" not in full
 
 
-def test_a_personalised_model_has_the_type_of_its_backbone(model_config, params, tmp_path):
+def test_an_exported_model_has_the_dtype_of_its_backbone(model_config, params, tmp_path):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     save_pretrained(tmp_path / "base", model_config, half)
     slots, grafts = fill_slots(half, jnp.zeros((3, 1), jnp.int32), SlotConfig(gate_init="closed"), None)
     (tmp_path / "out").mkdir()
     model = Decoder(model_config, AdapterConfig(LORA, SlotConfig()))
     variables = {"params": half, "adapters": slots, "grafts": grafts}
-    save_personalised(tmp_path / "out", tmp_path / "base", model, variables)
+    save_transformers(tmp_path / "out", tmp_path / "base", model, variables)
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert {array.dtype for array in tensors.values()} == {jnp.dtype("bfloat16")}
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"

@@ -1,6 +1,7 @@
-"""What a quantised backbone keeps, on the embedded model, and what it saves, on the real shape."""
+"""How much quality a quantised backbone loses (on the embedded model), and how much memory it saves (real shape)."""
 
-from benchmarks import plan
+import plan
+
 from benchmarks.quantised import perplexity
 
 

@@ -1,4 +1,4 @@
-"""Every family at the size of a released checkpoint, from shapes alone."""
+"""Every family at the size of a released checkpoint, computed from shapes."""
 
 from functools import partial
 from pathlib import Path
@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from flex_jax.federated.compression import tree_bytes
-from flex_jax.federated.plan import count
+from flex_jax.federated.cost_model import count
 from flex_jax.models.checkpoint import empty_params, read_model_config
 
 PUBLISHED = {  # the number of parameters that the Hugging Face Hub shows for the checkpoint

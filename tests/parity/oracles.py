@@ -1,4 +1,4 @@
-"""Random checkpoints of every family, made by transformers, at several shapes: the oracle of the parity tests."""
+"""Random checkpoints of every family at several shapes, made by transformers: the oracle of the parity tests."""
 
 import json
 
@@ -40,7 +40,7 @@ LATENT = DEEPSEEK | {
 }
 LARGE_BASE = {"rope_type": "default", "rope_theta": 1e6}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-# As DeepSeek-V2 has it, with a shorter trained length so that the interpolation shows.
+# The values of DeepSeek-V2, with a shorter trained length so that the interpolation has an effect.
 LATENT_YARN = YARN | {"factor": 40.0, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
 
 BASE = {
@@ -114,7 +114,7 @@ CLASSES = {
 
 
 def make(family, number, path):
-    """A random torch model of the family, saved as a checkpoint in `path`."""
+    """Saves a random torch model of the family as a checkpoint in `path`, and returns it."""
     torch.manual_seed(number)
     values = BASE[family] | SHAPES[family][number]
     if family == "deepseek":
@@ -123,7 +123,7 @@ def make(family, number, path):
         config = getattr(transformers, CLASSES[family] + "Config")(**values)
         model = getattr(transformers, CLASSES[family] + "ForCausalLM")(config)
     model = model.float().eval()
-    with torch.no_grad():  # no zero bias, unit norm or tiny router, or a forgotten one would not show
+    with torch.no_grad():  # with a zero bias, unit norm or tiny router, a test would not notice a forgotten one
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
                 weight.normal_(0, 0.1)
@@ -139,7 +139,7 @@ def make(family, number, path):
 
 
 def _deepseek(values):
-    """DeepSeek-MoE as its paper has it (transformers does not): Llama's decoder with DeepSeek-V2's experts, greedy."""
+    """DeepSeek-MoE, which transformers lacks: Llama's decoder with DeepSeek-V2's experts, chosen greedily."""
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
     class Moe(DeepseekV2Moe):
@@ -161,7 +161,7 @@ def _deepseek(values):
 
 
 def _save_deepseek(model, values, path):
-    """The directory as DeepSeek publishes it: a tensor for each expert, a config.json without transformers' class."""
+    """Saves in DeepSeek's layout: a tensor for each expert, and a config.json without a class of transformers."""
     from safetensors.torch import save_file
 
     tensors = {}
@@ -179,13 +179,13 @@ def _save_deepseek(model, values, path):
 
 
 def batch():
-    """Token ids and a right-padded mask [3, 17]."""
+    """Returns token ids and a right-padded mask, [3, 17]."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (3, 17))
     return ids.astype(np.int32), (np.arange(17) < np.array([[17], [10], [3]])).astype(np.int32)
 
 
 def outputs(model, ids, mask):
-    """(logits [B, S, V], router logits [MoE layers, B, S, E]) of a torch model."""
+    """Returns (logits [B, S, V], router logits [MoE layers, B, S, E]) of a torch model."""
     seen, hooks = [], []
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):

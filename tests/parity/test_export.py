@@ -1,4 +1,4 @@
-"""What we export against what we compute: logits and greedy texts in torch, by PEFT and by transformers alone."""
+"""Compares exported models with ours: logits and greedy texts in torch, by PEFT and by transformers."""
 
 import dataclasses
 import itertools
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from flex_jax import load_pretrained
-from flex_jax.federated.placement import merge
+from flex_jax.federated.ownership import merge
 from flex_jax.grafting.surgery import fill_slots
-from flex_jax.models.adapters import init_attention_lora
-from flex_jax.models.config import AdapterConfig, LoraConfig, SlotConfig
+from flex_jax.models.adapters import AdapterConfig, init_attention_lora
+from flex_jax.models.config import LoraConfig, SlotConfig
+from flex_jax.models.export.peft import load_adapter, save_adapter
+from flex_jax.models.export.transformers import MODELING, save_transformers
 from flex_jax.models.families import FAMILIES
-from flex_jax.models.peft import load_adapter, save_adapter
-from flex_jax.models.personalised import MODELING, save_personalised
 from tests.parity import oracles
 
 peft = pytest.importorskip("peft")
@@ -28,28 +28,24 @@ CASES = {
     "qwen2_moe-tied-2-experts-by-lora-closed": (
         "qwen2_moe",
         2,
-        dataclasses.replace(LOW_RANK, experts=2, gate_init="closed"),
+        dataclasses.replace(LOW_RANK, num_experts=2, gate_init="closed"),
     ),
     "qwen3_moe-by-lora": ("qwen3_moe", 0, LOW_RANK),
     "olmoe-closed": ("olmoe", 1, dataclasses.replace(FULL, gate_init="closed")),
-    "mixtral-2-experts": ("mixtral", 0, dataclasses.replace(FULL, experts=2)),
+    "mixtral-2-experts": ("mixtral", 0, dataclasses.replace(FULL, num_experts=2)),
     "deepseek_v2-by-lora": ("deepseek_v2", 1, LOW_RANK),
-    "deepseek_v2-2-experts-closed": (
-        "deepseek_v2",
-        0,
-        dataclasses.replace(FULL, experts=2, gate_init="closed"),
-    ),
+    "deepseek_v2-2-experts-closed": ("deepseek_v2", 0, dataclasses.replace(FULL, num_experts=2, gate_init="closed")),
 }
 NEW_TOKENS = 12
 
 
 def personalised(base, slot, quantisation=None):
-    """The model of a checkpoint and a client's collections, adapters moved away from their start by noise."""
+    """Returns the model of a checkpoint, and a client's collections: adapters are their initial values plus noise."""
     model, params = load_pretrained(base, quantisation=quantisation)
-    config, experts = model.config, slot.experts
+    config, num_experts = model.config, slot.num_experts
     keys = jax.random.split(jax.random.PRNGKey(5), 3)
-    chosen = jax.random.permutation(keys[0], config.experts)[: config.moe_layers * experts]
-    slots, grafts = fill_slots(params, chosen.reshape(config.moe_layers, experts), slot, keys[1])
+    expert_index = jax.random.permutation(keys[0], config.num_experts)[: config.num_moe_layers * num_experts]
+    slots, grafts = fill_slots(params, expert_index.reshape(config.num_moe_layers, num_experts), slot, keys[1])
     adapters = merge(init_attention_lora(keys[2], config, LORA), slots)
     leaves, tree = jax.tree.flatten(adapters)
     noise = np.random.default_rng(6)
@@ -73,7 +69,7 @@ def case(request, tmp_path_factory):
 
 
 def real_logits(model, variables):
-    """Ours at the real positions of a right-padded batch."""
+    """Returns our logits at the real positions of a right-padded batch."""
     ids, mask = oracles.batch()
     return np.asarray(model.apply(variables, ids, mask).logits)[mask.astype(bool)]
 
@@ -105,7 +101,7 @@ def test_peft_adapter(case, ours, tmp_path):
 
 def test_merged_weights(case, ours, tmp_path):
     base, model, variables = case
-    save_personalised(tmp_path, base, model, without_slot(variables))
+    save_transformers(tmp_path, base, model, without_slot(variables))
     theirs, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert_logits(theirs, ours["lora"])
@@ -121,9 +117,9 @@ def load_personalised(path):
 
 @pytest.fixture(scope="module")
 def exported(case, tmp_path_factory):
-    """The directory with the personal experts, and the torch model in it."""
+    """The directory with the personal experts, and its torch model."""
     path = tmp_path_factory.mktemp("exported")
-    save_personalised(path, *case)
+    save_transformers(path, *case)
     return path, load_personalised(path)
 
 
@@ -132,29 +128,30 @@ def test_personal_experts_also_when_transformers_saves_them_again(case, ours, ex
     assert_logits(theirs, ours["personal"])
     theirs.save_pretrained(tmp_path)
     assert_logits(load_personalised(tmp_path), ours["personal"])
-    held, asked = (json.loads((directory / "config.json").read_text()) for directory in (path, base))
+    ours_raw, base_raw = (json.loads((directory / "config.json").read_text()) for directory in (path, base))
     changed = {"architectures", "auto_map", "flex", "dtype"}
-    assert {key: held[key] for key in held.keys() - changed} == {key: asked[key] for key in asked.keys() - changed}
+    unchanged = ours_raw.keys() - changed
+    assert unchanged == base_raw.keys() - changed and all(ours_raw[key] == base_raw[key] for key in unchanged)
     assert theirs.generation_config.top_k == 7
 
 
 def our_greedy(model, variables, prompts):
-    """The most likely tokens after each prompt up to the end token 0, the whole sequence computed anew every time."""
+    """Returns the most likely tokens after each prompt, up to the end token 0. Each step runs the whole sequence."""
     apply = jax.jit(lambda tokens, mask: model.apply(variables, tokens, mask).logits)
     lengths = np.array([len(prompt) for prompt in prompts])
     tokens = np.zeros((len(prompts), lengths.max() + NEW_TOKENS), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    rows = np.arange(len(prompts))
+    each = np.arange(len(prompts))
     for step in range(NEW_TOKENS):
         mask = (np.arange(tokens.shape[1]) < (lengths + step)[:, None]).astype(np.int32)
-        tokens[rows, lengths + step] = np.asarray(apply(tokens, mask))[rows, lengths + step - 1].argmax(-1)
+        tokens[each, lengths + step] = np.asarray(apply(tokens, mask))[each, lengths + step - 1].argmax(-1)
     texts = [row[n : n + NEW_TOKENS].tolist() for row, n in zip(tokens, lengths, strict=True)]
     return [text[: text.index(0) + 1] if 0 in text else text for text in texts]
 
 
 def test_greedy_texts_are_equal_token_for_token(case, exported):
-    """Torch reads the prompts left-padded, as generate asks for, and goes on with its cache."""
+    """Torch reads the prompts with left padding, as its `generate` needs, and continues with its cache."""
     (_, model, variables), (_, theirs) = case, exported
     noise = np.random.default_rng(7)
     prompts = [noise.integers(2, oracles.VOCABULARY, 3 + i).tolist() for i in range(20)]
@@ -185,25 +182,25 @@ def test_an_adapter_that_peft_wrote_is_read(case, ours, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "slot"), [("qwen2_moe", LOW_RANK), ("deepseek_v2", FULL)])
-def test_a_quantised_backbone_is_exported_as_it_is_computed_with(family, slot, tmp_path):
+def test_a_quantised_backbone_is_exported_dequantised(family, slot, tmp_path):
     (tmp_path / "base").mkdir()
     oracles.make(family, 0, tmp_path / "base")
     model, variables = personalised(tmp_path / "base", slot, quantisation="int4")
     (tmp_path / "out").mkdir()
-    save_personalised(tmp_path / "out", tmp_path / "base", model, variables)
+    save_transformers(tmp_path / "out", tmp_path / "base", model, variables)
     logits = real_logits(model, variables)
     assert np.abs(logits - real_logits(model, personalised(tmp_path / "base", slot)[1])).max() > 0.05
     assert_logits(load_personalised(tmp_path / "out"), logits)
 
 
-def test_a_family_that_transformers_lacks_keeps_its_own_code(tmp_path):
+def test_a_family_that_transformers_lacks_keeps_the_code_of_its_checkpoint(tmp_path):
     (tmp_path / "base").mkdir()
     oracles.make("deepseek", 0, tmp_path / "base")
-    (tmp_path / "base/modeling_deepseek.py").write_text("# the checkpoint's own\n")
+    (tmp_path / "base/modeling_deepseek.py").write_text("# came with the checkpoint\n")
     model, variables = personalised(tmp_path / "base", FULL)
     plain = without_slot(variables)
     (tmp_path / "out").mkdir()
-    save_personalised(tmp_path / "out", tmp_path / "base", model, plain)
+    save_transformers(tmp_path / "out", tmp_path / "base", model, plain)
     assert (tmp_path / "out/modeling_deepseek.py").exists()
     again, merged = load_pretrained(tmp_path / "out")
     ids, mask = oracles.batch()

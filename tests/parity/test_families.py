@@ -1,4 +1,4 @@
-"""Logits and router logits of every family against torch at several shapes, both ways."""
+"""Compares logits and router logits of every family with torch, for checkpoints that we read and that we write."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tests.parity import oracles
 
 
 def cases(applies=lambda family, number: True):
-    """Parametrises a test over the torch models to which it applies."""
+    """Parametrises a test with the torch models that it applies to."""
     chosen = [case for case in oracles.CASES if applies(*case)]
     return pytest.mark.parametrize("theirs", chosen, ids=lambda case: f"{case[0]}-{case[1]}", indirect=True)
 
@@ -20,8 +20,8 @@ def theirs(request, tmp_path_factory):
     return oracles.make(*request.param, path), path, request.param
 
 
-def rows(model, ids, mask):
-    """Torch's outputs at real positions, every row alone and unpadded (dynamic RoPE depends on the padded length)."""
+def torch_outputs(model, ids, mask):
+    """Torch's outputs at real positions. Each sequence runs separately: dynamic RoPE depends on the padded length."""
     lengths = mask.sum(1)
     each = [oracles.outputs(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(lengths)]
     return np.concatenate([out[0][0] for out in each]), np.concatenate([out[1][:, 0] for out in each], axis=1)
@@ -40,10 +40,10 @@ def test_logits_and_router_logits_agree(theirs):
     ids, mask = oracles.batch()
     model, frozen = load_pretrained(theirs[1])
     out = model.apply({"params": frozen}, ids, mask, output_router_logits=True)
-    assert_equal(out, rows(theirs[0], ids, mask), mask)
+    assert_equal(out, torch_outputs(theirs[0], ids, mask), mask)
 
 
-# torch's dynamic RoPE takes padding for text
+# torch's dynamic RoPE counts padding as text
 @cases(lambda family, number: "dynamic" not in str(oracles.SHAPES[family][number]))
 def test_right_padding_is_torchs(theirs):
     ids, mask = oracles.batch()
@@ -64,20 +64,20 @@ def test_what_we_save_torch_reads(theirs, tmp_path):
         again, frozen_again = load_pretrained(tmp_path)
         assert again.config == model.config
         out = again.apply({"params": frozen_again}, ids, mask, output_router_logits=True)
-        assert_equal(out, rows(torch_model, ids, mask), mask)
+        assert_equal(out, torch_outputs(torch_model, ids, mask), mask)
         return
     again = oracles.transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(again) is type(torch_model)
-    for before, after in zip(rows(torch_model, ids, mask), rows(again, ids, mask), strict=True):
+    for before, after in zip(torch_outputs(torch_model, ids, mask), torch_outputs(again, ids, mask), strict=True):
         np.testing.assert_allclose(before, after, atol=1e-4, rtol=0)
 
 
 @cases(lambda family, number: family in oracles.CLASSES)  # those that transformers has
 def test_experts_that_share_a_tensor_on_disk(theirs, tmp_path):
-    """The layout that transformers holds in memory: two tensors for all experts of a layer."""
+    """The layout of transformers in memory: two tensors for all experts of a layer."""
     torch_model = theirs[0]
     torch_model.save_pretrained(tmp_path, save_original_format=False)
     ids, mask = oracles.batch()
     model, frozen = load_pretrained(tmp_path)
     out = model.apply({"params": frozen}, ids, mask, output_router_logits=True)
-    assert_equal(out, rows(torch_model, ids, mask), mask)
+    assert_equal(out, torch_outputs(torch_model, ids, mask), mask)

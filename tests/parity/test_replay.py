@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from flex_jax.data.batches import Batch
-from flex_jax.federated.method import Recipe
-from flex_jax.federated.round import make_round
-from flex_jax.federated.start import start
-from flex_jax.methods import METHODS
+from flex_jax.federated.client import OptimizerSettings
+from flex_jax.federated.federated_round import make_round
+from flex_jax.federated.init import start
+from flex_jax.federated.method import MethodSpec
+from flex_jax.methods import make_method
+from flex_jax.models.adapters import AdapterConfig
 from flex_jax.models.checkpoint import save_pretrained
-from flex_jax.models.config import AdapterConfig, LoraConfig
-from flex_jax.models.peft import adapter_tensors
+from flex_jax.models.config import LoraConfig
+from flex_jax.models.export.peft import adapter_weights
 from tests.parity import replay
 
 N, ROUNDS, STEPS, B, S = 3, 2, 2, 2, 8
@@ -23,9 +25,9 @@ def named(config, tree, prefix):
     """The arrays of a LoRA tree under the dump's names."""
     attention = tree["layers"]["attention"]
     arrays = {}
-    for row in adapter_tensors(config, 2):
-        _, _, name, leaf = row.path.split("/")
-        for on_disk, array in row.disassemble(np.asarray(attention[name][leaf])):
+    for mapping in adapter_weights(config, 2):
+        _, _, name, leaf = mapping.path.split("/")
+        for on_disk, array in mapping.disassemble(np.asarray(attention[name][leaf])):
             arrays[prefix + on_disk.removeprefix("base_model.model.")] = array
     return arrays
 
@@ -34,11 +36,9 @@ def named(config, tree, prefix):
 def dump(tmp_path, model, model_config, params):
     """What the peer would write of two rounds of SCAFFOLD, from our own rounds."""
     save_pretrained(tmp_path / "checkpoint", model_config, params)
-    adapters = AdapterConfig(LoraConfig(2, 4.0))
-    model = model.clone(adapters=adapters)
-    recipe = Recipe(model, METHODS["scaffold"])
-    frozen, state, clients = start(recipe, params, None, key=jax.random.PRNGKey(0))
-    state = state._replace(clients=clients(np.arange(N)))
+    spec = MethodSpec(model.clone(adapters=AdapterConfig(LoraConfig(2, 4.0))), make_method("scaffold"))
+    frozen, state, init_clients = start(spec, params, None, key=jax.random.PRNGKey(0))
+    state = state._replace(clients=init_clients(np.arange(N)))
     folder = tmp_path / "dump"
     folder.mkdir()
     np.savez(folder / "init.npz", **named(model_config, state.server.shared, "shared/"))
@@ -46,16 +46,16 @@ def dump(tmp_path, model, model_config, params):
     ids = rng.integers(0, 60, (ROUNDS, N, STEPS, B, S))
     labels = np.where(np.arange(S) < 3, -100, ids)
     np.savez(folder / "batches.npz", input_ids=ids, labels=labels, attention_mask=np.ones_like(ids))
-    numbers = dict(rounds=ROUNDS, learning_rate=1e-3, final_learning_rate=1e-6, weight_decay=0.0, clip_norm=1.0)
-    round_fn = make_round(recipe, clients=N, **numbers)
+    optimizer = OptimizerSettings(num_rounds=ROUNDS, learning_rate=1e-3, final_learning_rate=1e-6)
+    round_fn = make_round(spec, num_clients=N, optimizer=optimizer)
     losses = []
     for number in range(ROUNDS):
         batches = Batch(ids[number].astype(np.int32), (labels[number] != -100).astype(np.float32))
         state, metrics = round_fn(frozen, state, batches, np.arange(N), np.array([1.0, 2.0, 3.0], np.float32))
         losses.append(np.asarray(metrics["clients"]["train_loss"])[:, None].repeat(STEPS, 1))
         np.savez(folder / f"round{number + 1}.npz", **named(model_config, state.server.shared, "shared/"))
-    clients = np.broadcast_to(np.arange(N), (ROUNDS, N))
-    np.savez(folder / "steps.npz", losses=np.array(losses), clients=clients)
+    everyone = np.broadcast_to(np.arange(N), (ROUNDS, N))
+    np.savez(folder / "steps.npz", losses=np.array(losses), clients=everyone)
     meta = {
         "method": "scaffold",
         "clients": N,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flex_jax.reporting.writers import summarise
+from flex_jax.results import average_scores, summarise
 
 NAMES = ("closed_qa", "information_extraction", "classification", "summarization")
 
@@ -24,6 +24,7 @@ def make_results(methods=("fedavg", "flex", "local"), seeds=(0, 1, 2), clients=4
                     "train_examples": 900 + 10 * client,
                     "eval_examples": 25,
                     "eval_loss": 1.4 - 0.1 * index + chance.gauss(0, 0.02),
+                    "perplexity": 4.0,
                     "rouge1": 42 + client + chance.gauss(0, 1),
                     "rouge2": 21 + chance.gauss(0, 1),
                     "rougeL": 35 + 5 * (client % 3) + (4 if method == "flex" else 0) + chance.gauss(0, 1),
@@ -41,20 +42,30 @@ def make_results(methods=("fedavg", "flex", "local"), seeds=(0, 1, 2), clients=4
                 rows.append(row)
             shared = 0 if method == "local" else 786_432
             personal = {"local": 786_432, "flex": 3_148_288}.get(method, 0)
-            keys = ("eval_loss", "rouge1", "rouge2", "rougeL")
             runs.append(
                 {
                     "method": method,
                     "seed": seed,
-                    "parameters": {"frozen": 14_316_000_000, "shared": shared, "personal_per_client": personal},
+                    "parameters": {
+                        "frozen": 14_316_000_000,
+                        "shared": shared,
+                        "personal_per_client": personal,
+                        "trained_per_client": shared + personal,
+                    },
                     "clients": rows,
-                    "average": {key: sum(row[key] for row in rows) / clients for key in keys},
+                    "average": average_scores(rows),
                     "communication": {
                         "upload_bytes_per_client_round": 4 * shared,
                         "download_bytes_per_client_round": 8 * shared,
                         "total_bytes": 12 * shared * clients * rounds,
                     },
-                    "timing": {"compile_s": 12.5, "round_s_median": 0.5 + 0.1 * index, "train_tokens_per_s": 9000.0},
+                    "timing": {
+                        "graft_s": 1.5 if method == "flex" else None,
+                        "compile_s": 12.5 if seed == seeds[0] else 0.1,
+                        "evaluation_s": 30.0,
+                        "round_s_median": 0.5 + 0.1 * index,
+                        "train_tokens_per_s": 9000.0,
+                    },
                 }
             )
             for round in range(rounds):
@@ -80,6 +91,7 @@ def make_results(methods=("fedavg", "flex", "local"), seeds=(0, 1, 2), clients=4
     results = {
         "runs": runs,
         "summary": summarise(runs),
+        "failures": [],
         "versions": {"python": "3.11.9", "jax": "0.10.2"},
         "device": "cpu x 1",
     }

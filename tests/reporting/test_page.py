@@ -3,7 +3,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from flex_jax.files import to_plain
 from flex_jax.reporting.page import write_report
+from flex_jax.results import average_scores, summarise
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -37,7 +39,7 @@ class Page(HTMLParser):
 
 
 def report(path, results, metrics, **options):
-    write_report(path / "report.html", results, metrics, **{"notes": [], **options})
+    write_report(path / "report.html", results, metrics, **{"notes": [], "config": {}, **options})
     return Page(path / "report.html")
 
 
@@ -60,14 +62,14 @@ def test_the_page_shows_all_that_the_run_found(tmp_path, fake):
         "overrides {}",
         "jax 0.10.2",
         "cpu x 1",
-        "flex, seed 0",
+        "flex seed 0",
         "flex says 2",
         "Capital 3",
     ):
         assert text in page.text
     flex = next(row for row in results["summary"] if (row["method"], row["metric"]) == ("flex", "rougeL"))
     assert f"{flex['mean']:.2f} ± {flex['std']:.2f}" in page.text
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 2
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path, fake):
@@ -109,6 +111,67 @@ def test_any_size_of_experiment_has_a_page(tmp_path, fake, shape):
     last = results["runs"][0]["clients"][-1]["name"]
     assert last in page.text
     assert len(re.findall(r"Name the capital", page.text)) == min(6, len(results["runs"][0]["clients"]))
+
+
+def test_only_the_scores_have_a_plus_minus_sign(tmp_path, fake):
+    results, metrics = fake()
+    for run in results["runs"]:
+        run["clients"][0]["name"] = "a+-b"
+    results["versions"]["own"] = "1+-2"
+    page = report(tmp_path, results, metrics, config={"data": {"path": "c+-d"}})
+    assert page.words.count("a+-b") >= 4  # in the plot, the two tables and the examples
+    assert {"1+-2", "c+-d"} <= set(page.words)
+    assert not [word for word in page.words if "±" in word and re.search("[a-d]±|1±2", word)]
+    assert page.text.count("±") >= 3 * 2 * (1 + 4)  # each method's two scores in the summary and for each client
+
+
+def test_every_grafted_expert_is_written_and_darker_the_more_clients_chose_it(tmp_path, fake):
+    results, metrics = fake(methods=("flex", "twin", "fedavg"), seeds=(0,), clients=2)
+    for run in results["runs"][:2]:
+        run["clients"][0]["grafted_experts"] = [[101], [102, 103]]
+        run["clients"][1]["grafted_experts"] = [[101], [104, 102]]
+    page = report(tmp_path, results, metrics)
+    assert {"101", "102, 103", "104, 102"} <= set(page.words)
+    assert "flex seed 0, twin seed 0:" in page.text or "twin seed 0, flex seed 0:" in page.text  # one figure for both
+    html = (tmp_path / "report.html").read_text()
+    shades = dict(re.findall(r"background:rgb\(0 114 178 / (\d+)%\)\">([\d, ]+)<", html)[::-1])
+    assert [shades.get(shade) for shade in ("60", "45")] == ["101", "102, 103"]
+
+
+def test_the_costs_are_written_and_their_bars_compare_the_methods(tmp_path, fake):
+    results, metrics = fake()
+    html = _html(tmp_path, results, metrics)
+    costs = html[html.index("<h2>Communication") :]
+    costs = costs[: costs.index("</section>")]
+    rows = dict(re.findall(r"</span>(\w+)</td>(.*?)</tr>", costs))
+    cells = {method: re.findall(r"<td>([^<]*)<div[^>]*width:([\d.]+)%", row) for method, row in rows.items()}
+    assert cells["local"] == [
+        ("0 B", "0.0"),
+        ("0 B", "0.0"),
+        ("0 B", "0.0"),
+        ("14.3B", "100.0"),
+        ("0", "0.0"),
+        ("786K", "25.0"),
+        ("12.5", "100.0"),  # not the mean over the seeds: one compilation serves all
+        ("0.7", "100.0"),
+        ("9,000", "100.0"),
+    ]
+    assert cells["flex"][:3] == [("3 MiB", "100.0"), ("6 MiB", "100.0"), ("720 MiB", "100.0")]
+
+
+def test_a_diverged_run_has_a_page_before_and_after_it_went_through_the_file(tmp_path, fake):
+    results, metrics = fake(seeds=(0, 1))
+    for client in results["runs"][0]["clients"]:
+        client["rougeL"] = client["eval_loss"] = float("nan")
+    results["runs"][0]["average"] = average_scores(results["runs"][0]["clients"])
+    for row in results["runs"][0]["timing"]:
+        results["runs"][0]["timing"][row] = 1.0 if row == "compile_s" else None
+    results["summary"] = summarise(results["runs"])
+    html = _html(tmp_path, results, metrics)
+    assert html == _html(tmp_path, to_plain(results), metrics)
+    page = html[html.index("<h2>Summary") : html.index("<h2>Learning")]
+    assert "nan" not in re.sub("<svg.*?</svg>", "", html, flags=re.S) and "<td>-</td>" in page
+    assert html.count("<b>") == 4 + 4  # the best score of each client, and the titles of the examples
 
 
 def test_without_examples_there_is_no_section_for_them(tmp_path, fake):

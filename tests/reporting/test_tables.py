@@ -1,7 +1,7 @@
 import pytest
 
 from flex_jax.reporting.tables import human_bytes, human_count, plan_table, summary_table
-from flex_jax.reporting.writers import summarise
+from flex_jax.results import summarise
 
 
 @pytest.mark.parametrize(

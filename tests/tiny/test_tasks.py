@@ -1,4 +1,4 @@
-"""The embedded task set, the corpus under it and the shipped checkpoint."""
+"""The embedded tasks, the pretraining corpus and the shipped checkpoint."""
 
 import itertools
 import json
@@ -7,23 +7,16 @@ import re
 from collections import Counter
 
 import pytest
+from tiny_language import FIELDS, TOPICS, Message, make_message
+from tiny_tasks import ASKED, CATEGORIES, DEPARTMENTS, MESSAGES, OPENERS, answer, make_records
 from transformers import AutoTokenizer
 
 from flex_jax import load_pretrained
 from flex_jax.data.prompts import RESPONSE_HEADING, encode
+from flex_jax.data.sources import load_records
 from flex_jax.tiny import CHECKPOINT
-from flex_jax.tiny.corpus import documents
-from flex_jax.tiny.language import FIELDS, TOPICS, Message, make_message
-from flex_jax.tiny.pretrain import answer_accuracy
-from flex_jax.tiny.tasks import (
-    ASKED,
-    CATEGORIES,
-    DEPARTMENTS,
-    MESSAGES,
-    OPENERS,
-    answer,
-    make_records,
-)
+from tools.make_tiny_model import answer_accuracy
+from tools.tiny_corpus import documents
 
 QUERIES = [
     ("classification", ()),
@@ -36,7 +29,7 @@ FACT = r"([\w-]+)"
 
 
 def forms(department, category):
-    """Patterns of a department's answers, every fact left open; one for each topic where the topic is told."""
+    """Returns patterns of a department's answers with a blank for every fact; if answers name the topic, one each."""
     fields = next(fields for queried, fields in QUERIES if queried == category)
     blanks = [Message(*["@"] * len(FIELDS), topic=topic, text="") for topic in TOPICS]
     return {re.escape(answer(department, category, blank, fields)).replace("@", FACT) for blank in blanks}
@@ -61,6 +54,10 @@ def messages():
 def test_records_are_the_same_for_the_same_seed_only(records):
     assert make_records(0) == records
     assert make_records(1) != records
+
+
+def test_the_shipped_records_are_those_of_the_program(records):
+    assert load_records("tiny") == records
 
 
 def test_documents_are_the_same_for_the_same_seed_only():
@@ -129,7 +126,7 @@ def test_corpus_has_no_department_and_no_instruction_or_answer_of_theirs(corpus)
     sentences = "\n".join(itertools.islice(documents(0, office_words=False), 3000))  # words in order
     for department, category in itertools.product(DEPARTMENTS, CATEGORIES):
         for pattern in forms(department, category):
-            if re.search("[a-z]{3}", pattern.replace(FACT, "")):  # a form of facts and commas alone is everybody's
+            if re.search("[a-z]{3}", pattern.replace(FACT, "")):  # a form without words fits all departments
                 assert not re.search(pattern, sentences), pattern
 
 

@@ -1,89 +1,86 @@
-"""What tells one family from another, as data: the keys of its config.json and the names of its tensors."""
+"""What distinguishes one family from another, as data: the keys of its config.json and the names of its weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from flex_jax.models.attention import adapted_projections
 from flex_jax.models.config import ModelConfig
 from flex_jax.models.families.rope import read_rope, write_rope
-from flex_jax.models.tensors import Tensor
+from flex_jax.models.weight_map import WeightMapping
 
 REQUIRED = object()
-VALUES = {  # what a number may be; far beyond any model the file is broken, and its tensors are not worth listing
+VALUES = {  # what a value may be; a number far beyond any model means that the file is broken
     int: ("an integer from 1 to 1000000", lambda value: 1 <= value <= 10**6),
-    "count": ("an integer from 0 to 1000000", lambda value: 0 <= value <= 10**6),  # of what a model may lack
+    "count": ("an integer from 0 to 1000000", lambda value: 0 <= value <= 10**6),  # of things that a model may lack
     float: ("a number above 0", lambda value: 0 < value < 1e6),
     bool: ("true or false", lambda value: True),
 }
-DISK_NAMES = {"kv_a_proj": "kv_a_proj_with_mqa"}  # of projections, where they are not ours
+DISK_NAMES = {"kv_a_proj": "kv_a_proj_with_mqa"}  # projections whose name on disk is not ours
 
 
 class Key(NamedTuple):
-    """A key of config.json, and what a missing one means."""
+    """A key of config.json."""
 
-    name: str
-    default: Any = REQUIRED
-    alias: str = ""  # another name, under which newer or older config.json files have it
+    name: str = ""  # "": the name of the field
+    default: Any = REQUIRED  # what a missing key means
+    alias: str = ""  # another name, used by newer or older config.json files
 
 
 class Family(NamedTuple):
+    """A family of models, such as qwen2_moe."""
+
     model_type: str
-    architecture: str  # the class of its models
-    keys: dict[str, Key]  # field of ModelConfig -> the key that it is
-    constants: dict[str, Any] = {}  # fields of ModelConfig that are the same for all of the family
-    only: dict[str, tuple] = {}  # keys of config.json and their supported values; the first is what a missing key means
-    read: Callable[[dict], dict] = lambda raw: {}  # fields that are not one key each
-    write: Callable[[ModelConfig], dict] = lambda config: {}  # and their keys
+    architecture: str  # class of its models in transformers
+    keys: dict[str, Key]  # field of ModelConfig -> key of config.json, in addition to COMMON
+    constants: dict[str, Any] = {}  # fields of ModelConfig that are the same in the whole family
+    supported: dict[str, tuple] = {}  # key of config.json -> supported values; the first is what a missing key means
+    read: Callable[[dict], dict] = lambda raw: {}  # reads fields that are not one key each
+    write: Callable[[ModelConfig], dict] = lambda config: {}  # writes the keys of those fields
     default_theta: float = 10000.0
-    mlp: str = "mlp"  # name of a layer's feed-forward part on disk, where experts have tensors of their own
+    mlp: str = "mlp"  # name of a layer's feed-forward part on disk, if experts have separate weights
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_expert: str = ""
-    in_transformers: bool = True  # False: its checkpoints bring their own code
+    in_transformers: bool = True  # False: its checkpoints come with their code
 
 
-COMMON = {
-    "vocab_size": Key("vocab_size"),
-    "width": Key("hidden_size"),
-    "layers": Key("num_hidden_layers"),
-    "heads": Key("num_attention_heads"),
-    "kv_heads": Key("num_key_value_heads", 0),
-    "experts_per_token": Key("num_experts_per_tok"),
-    "tied_head": Key("tie_word_embeddings", False),
-    "norm_epsilon": Key("rms_norm_eps", 1e-6),
-    "max_positions": Key("max_position_embeddings"),
+ZERO, FALSE = Key(default=0), Key(default=False)
+SAME_NAME = ("vocab_size", "hidden_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+COMMON = dict.fromkeys((*SAME_NAME, "max_position_embeddings"), Key()) | {
+    "num_layers": Key("num_hidden_layers"),
+    "num_heads": Key("num_attention_heads"),
+    "num_kv_heads": Key("num_key_value_heads", 0),
+    "tie_word_embeddings": FALSE,
+    "rms_norm_eps": Key(default=1e-6),
 }
-ONLY = {"hidden_act": ("silu",), "quantization_config": (None,)}
+SUPPORTED = {"hidden_act": ("silu",), "quantization_config": (None,)}
 
 
 def read_config(family: Family, raw: dict) -> ModelConfig:
-    """The ModelConfig of a config.json.
-
-    Raises KeyError for a needed key that is missing, ValueError naming all that is wrong or not supported.
-    """
+    """Raises KeyError if a required key is missing, or ValueError that names all wrong and unsupported values."""
     fields = {"family": family.model_type, **family.constants}
     problems = [
         f"{key} {raw[key]!r} (only {' or '.join(map(repr, allowed))})"
-        for key, allowed in (ONLY | family.only).items()
+        for key, allowed in (SUPPORTED | family.supported).items()
         if raw.get(key) is not None and raw[key] not in allowed
     ]
-    for field, key in family.keys.items():
-        given = [raw[name] for name in (key.name, key.alias) if raw.get(name) is not None]
+    for field, key in (COMMON | family.keys).items():
+        name = key.name or field
+        given = [raw[name] for name in (name, key.alias) if raw.get(name) is not None]
         value = given[0] if given else key.default
         if value is REQUIRED:
-            raise KeyError(key.name)
+            raise KeyError(name)
         kind = ModelConfig.__annotations__[field]
         fields[field] = float(value) if kind is float and type(value) is int else value
         words, accepts = VALUES["count" if kind is int and key.default == 0 else kind]
         if type(fields[field]) is not kind or not accepts(fields[field]):
-            problems.append(f"{key.name} {value!r} (only {words})")
+            problems.append(f"{name} {value!r} (only {words})")
     if problems:
         raise ValueError("; ".join(problems))
     fields |= family.read(raw)
-    latent = bool(fields.get("latent_rank"))
+    latent = bool(fields.get("kv_lora_rank"))
     fields["rope"] = read_rope(raw, family.default_theta, latent=latent)
-    fields["kv_heads"] = fields["kv_heads"] or fields["heads"]
+    fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     if not latent:
-        fields["head_dim"] = fields.get("head_dim") or fields["width"] // fields["heads"]
+        fields["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // fields["num_heads"]
     config = ModelConfig(**fields)
     if problem := _contradiction(config):
         raise ValueError(problem)
@@ -91,100 +88,102 @@ def read_config(family: Family, raw: dict) -> ModelConfig:
 
 
 def _contradiction(c: ModelConfig) -> str | None:
-    """The first pair of numbers that do not go together."""
-    if c.dense_layers >= c.layers:
-        return f"{c.dense_layers} layers without experts of {c.layers}"
-    if c.experts_per_token > c.experts:
-        return f"{c.experts_per_token} experts a token of {c.experts}"
-    if c.heads % c.kv_heads:
-        return f"{c.heads} query heads over {c.kv_heads} key-value heads"
-    if c.expert_groups and (c.experts % c.expert_groups or not 0 < c.groups_per_token <= c.expert_groups):
-        return f"{c.experts} experts in {c.expert_groups} groups, {c.groups_per_token} of them a token"
+    if c.first_k_dense_replace >= c.num_layers:
+        return f"{c.first_k_dense_replace} dense layers (only fewer than the {c.num_layers} layers)"
+    if c.num_experts_per_tok > c.num_experts:
+        return f"{c.num_experts_per_tok} experts per token (only up to the {c.num_experts} experts of a layer)"
+    if c.num_heads % c.num_kv_heads:
+        return f"{c.num_kv_heads} key-value heads (only a divisor of the {c.num_heads} query heads)"
+    if c.n_group and (c.num_experts % c.n_group or not 0 < c.topk_group <= c.n_group):
+        return f"{c.n_group} groups of {c.num_experts} experts, {c.topk_group} per token (only equal groups, up to all)"
     return None
 
 
 def write_config(family: Family, config: ModelConfig) -> dict:
-    """The config.json of a ModelConfig: `read_config`'s inverse."""
     raw = {"model_type": family.model_type, "architectures": [family.architecture]}
-    raw |= {key.name: getattr(config, field) for field, key in family.keys.items()}
-    raw |= {key: allowed[0] for key, allowed in (ONLY | family.only).items() if allowed[0] is not None}
+    raw |= {key.name or field: getattr(config, field) for field, key in (COMMON | family.keys).items()}
+    raw |= {key: allowed[0] for key, allowed in (SUPPORTED | family.supported).items() if allowed[0] is not None}
     return raw | family.write(config) | {"rope_parameters": write_rope(config.rope)}
 
 
-def tensors(family: Family, config: ModelConfig, *, fused: bool = False) -> list[Tensor]:
-    """Every tensor of a checkpoint and where it goes; `fused`: the experts of a layer share two tensors."""
-    c = config
-    table = [
-        Tensor("embedding", ("model.embed_tokens.weight",), (c.vocab_size, c.width)),
-        Tensor("norm/scale", ("model.norm.weight",), (c.width,)),
+def weight_map(family: Family, config: ModelConfig, *, fused: bool = False) -> list[WeightMapping]:
+    """Returns every weight of a checkpoint and its parameter. If `fused`, all experts of a layer share two arrays."""
+    c, vocabulary = config, (config.vocab_size, config.hidden_size)
+    mappings = [
+        WeightMapping("embedding", ("model.embed_tokens.weight",), vocabulary),
+        WeightMapping("norm/scale", ("model.norm.weight",), (c.hidden_size,)),
     ]
-    if not c.tied_head:
-        table.append(Tensor("head", ("lm_head.weight",), (c.vocab_size, c.width)))
-    if c.dense_layers:
-        dense = _Rows("dense_layers", range(c.dense_layers))
-        table += _attention(dense, c) + _mlp(dense, "mlp", "mlp", c.width, c.dense_width)
-    rows = _Rows("layers", range(c.dense_layers, c.layers))
-    mlp = "mlp" if fused else family.mlp
-    table += _attention(rows, c)
-    table.append(rows.matrix("moe/router", f"{mlp}.gate.weight", (c.experts, c.width))._replace(quantisable=False))
-    if c.shared_expert_width:
-        table += _mlp(rows, "moe/shared_expert", f"{mlp}.{family.shared_expert}", c.width, c.shared_expert_width)
-    if c.shared_expert_gate:
-        gate = rows.matrix("moe/shared_expert/gate", f"{mlp}.{family.shared_expert}_gate.weight", (1, c.width))
-        table.append(gate._replace(quantisable=False))
-    if fused:
-        return table + [
-            rows.matrix("moe/gate_up", "mlp.experts.gate_up_proj", (c.experts, 2 * c.expert_width, c.width)),
-            rows.matrix("moe/down", "mlp.experts.down_proj", (c.experts, c.width, c.expert_width)),
-        ]
-    gate, up, down = (f"{mlp}.experts.{{expert}}.{name}.weight" for name in family.expert)
-    return table + [
-        rows.matrix("moe/gate_up", (gate, up), (c.expert_width, c.width), experts=c.experts),
-        rows.matrix("moe/down", down, (c.width, c.expert_width), experts=c.experts),
-    ]
+    if not c.tie_word_embeddings:
+        mappings.append(WeightMapping("head", ("lm_head.weight",), vocabulary))
+    if c.first_k_dense_replace:
+        dense = _Stack("dense_layers", range(c.first_k_dense_replace))
+        mappings += _attention(dense, c) + _mlp(dense, ("mlp", "mlp"), c.hidden_size, c.intermediate_size)
+    stack = _Stack("layers", range(c.first_k_dense_replace, c.num_layers))
+    return mappings + _attention(stack, c) + _moe(stack, family, c, fused)
 
 
-class _Rows(NamedTuple):
-    """Makes the rows of one stack of layers."""
+class _Stack(NamedTuple):
+    """Makes the mappings of one stack of layers."""
 
-    stack: str
+    name: str
     layers: range
 
-    def vector(self, path, name, size):
-        return Tensor(f"{self.stack}/{path}", (f"model.layers.{{layer}}.{name}",), (size,), layers=self.layers)
+    def vector(self, path: str, disk_name: str, size: int) -> WeightMapping:
+        names = (f"model.layers.{{layer}}.{disk_name}",)
+        return WeightMapping(f"{self.name}/{path}", names, (size,), layers=self.layers)
 
-    def matrix(self, path, names, shape, experts=0):
-        names = (names,) if isinstance(names, str) else names
-        names = tuple(f"model.layers.{{layer}}.{name}" for name in names)
-        return Tensor(f"{self.stack}/{path}", names, shape, True, self.layers, experts, quantisable=True)
+    def matrix(self, path: str, disk_names: str | tuple[str, ...], shape: tuple, num_experts: int = 0) -> WeightMapping:
+        disk_names = (disk_names,) if isinstance(disk_names, str) else disk_names
+        names = tuple(f"model.layers.{{layer}}.{name}" for name in disk_names)
+        return WeightMapping(f"{self.name}/{path}", names, shape, True, self.layers, num_experts, quantisable=True)
 
 
-def _attention(rows: _Rows, c: ModelConfig) -> list[Tensor]:
-    table = [
-        rows.vector("attention_norm/scale", "input_layernorm.weight", c.width),
-        rows.vector("feed_forward_norm/scale", "post_attention_layernorm.weight", c.width),
-        rows.matrix("attention/o_proj/kernel", "self_attn.o_proj.weight", (c.width, c.heads * c.value_dim)),
+def _attention(stack: _Stack, c: ModelConfig) -> list[WeightMapping]:
+    mappings = [
+        stack.vector("attention_norm/scale", "input_layernorm.weight", c.hidden_size),
+        stack.vector("feed_forward_norm/scale", "post_attention_layernorm.weight", c.hidden_size),
+        stack.matrix("attention/o_proj/kernel", "self_attn.o_proj.weight", (c.hidden_size, c.num_heads * c.value_dim)),
     ]
-    for name, (inputs, outputs) in adapted_projections(c).items():
-        on_disk = f"self_attn.{DISK_NAMES.get(name, name)}"
-        table.append(rows.matrix(f"attention/{name}/kernel", f"{on_disk}.weight", (outputs, inputs)))
+    for name, (inputs, outputs) in c.lora_projections().items():
+        disk_name = f"self_attn.{DISK_NAMES.get(name, name)}"
+        mappings.append(stack.matrix(f"attention/{name}/kernel", f"{disk_name}.weight", (outputs, inputs)))
         if c.attention_bias:
-            table.append(rows.vector(f"attention/{name}/bias", f"{on_disk}.bias", outputs))
+            mappings.append(stack.vector(f"attention/{name}/bias", f"{disk_name}.bias", outputs))
     norms = {}
-    if c.latent_rank:
-        norms = {"kv_a_norm": ("kv_a_layernorm", c.latent_rank)}
-        norms |= {"q_a_norm": ("q_a_layernorm", c.query_rank)} if c.query_rank else {}
+    if c.kv_lora_rank:
+        norms = {"kv_a_norm": ("kv_a_layernorm", c.kv_lora_rank)}
+        norms |= {"q_a_norm": ("q_a_layernorm", c.q_lora_rank)} if c.q_lora_rank else {}
     elif c.qk_norm:
-        heads = (1, 1) if c.qk_norm == "head" else (c.heads, c.kv_heads)
+        heads = (1, 1) if c.qk_norm == "head" else (c.num_heads, c.num_kv_heads)
         norms = {name: (name, n * c.head_dim) for name, n in zip(("q_norm", "k_norm"), heads, strict=True)}
-    for name, (on_disk, size) in norms.items():
-        table.append(rows.vector(f"attention/{name}/scale", f"self_attn.{on_disk}.weight", size))
-    return table
+    for name, (disk_name, size) in norms.items():
+        mappings.append(stack.vector(f"attention/{name}/scale", f"self_attn.{disk_name}.weight", size))
+    return mappings
 
 
-def _mlp(rows: _Rows, path: str, name: str, width: int, hidden: int) -> list[Tensor]:
-    gate_up = tuple(f"{name}.{part}_proj.weight" for part in ("gate", "up"))
-    return [
-        rows.matrix(f"{path}/gate_up", gate_up, (hidden, width)),
-        rows.matrix(f"{path}/down", f"{name}.down_proj.weight", (width, hidden)),
+def _mlp(stack: _Stack, names: tuple[str, str], width: int, hidden: int) -> list[WeightMapping]:
+    path, disk_name = names
+    gate, up, down = (f"{disk_name}.{part}_proj.weight" for part in ("gate", "up", "down"))
+    gate_up = stack.matrix(f"{path}/gate_up", (gate, up), (hidden, width))
+    return [gate_up, stack.matrix(f"{path}/down", down, (width, hidden))]
+
+
+def _moe(stack: _Stack, family: Family, c: ModelConfig, fused: bool) -> list[WeightMapping]:
+    mlp, width, hidden = "mlp" if fused else family.mlp, c.hidden_size, c.moe_intermediate_size
+    mappings = [stack.matrix("moe/router", f"{mlp}.gate.weight", (c.num_experts, width))._replace(quantisable=False)]
+    if c.shared_expert_intermediate_size:
+        names = ("moe/shared_expert", f"{mlp}.{family.shared_expert}")
+        mappings += _mlp(stack, names, width, c.shared_expert_intermediate_size)
+    if c.shared_expert_gate:
+        gate = stack.matrix("moe/shared_expert/gate", f"{mlp}.{family.shared_expert}_gate.weight", (1, width))
+        mappings.append(gate._replace(quantisable=False))
+    if fused:
+        return mappings + [
+            stack.matrix("moe/gate_up", "mlp.experts.gate_up_proj", (c.num_experts, 2 * hidden, width)),
+            stack.matrix("moe/down", "mlp.experts.down_proj", (c.num_experts, width, hidden)),
+        ]
+    gate, up, down = (f"{mlp}.experts.{{expert}}.{name}.weight" for name in family.expert)
+    return mappings + [
+        stack.matrix("moe/gate_up", (gate, up), (hidden, width), c.num_experts),
+        stack.matrix("moe/down", down, (width, hidden), c.num_experts),
     ]

@@ -1,4 +1,4 @@
-"""The rotary positions of a config.json, in today's form (`rope_parameters`) or the older one (`rope_scaling`)."""
+"""The rotary positions of a config.json, in the current form (`rope_parameters`) or the older one (`rope_scaling`)."""
 
 import math
 
@@ -8,10 +8,7 @@ KINDS = ("default", "linear", "dynamic", "yarn")
 
 
 def read_rope(raw: dict, default_theta: float, *, latent: bool) -> Rope:
-    """The Rope of a config.json. latent: attention scores are scaled too, as DeepSeek-V2 does.
-
-    Raises KeyError for a needed key that is missing, ValueError for what is wrong or not supported.
-    """
+    """Reads a config.json. If `latent`, attention scores are scaled as well, as in DeepSeek-V2."""
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"rope_parameters {given!r} (only one object of numbers and names)")
@@ -31,24 +28,15 @@ def read_rope(raw: dict, default_theta: float, *, latent: bool) -> Rope:
     trained = int(_number(given, "original_max_position_embeddings", longest))
     factor = _number(given, "factor", longest / trained)
     mscale, mscale_all = (_number(given, key, 0.0) for key in ("mscale", "mscale_all_dim"))
-    inferred = _mscale(factor, 1.0)
-    if mscale and mscale_all:
-        inferred = _mscale(factor, mscale) / _mscale(factor, mscale_all)
-    return Rope(
-        theta,
-        kind,
-        factor,
-        trained,
-        beta_fast=_number(given, "beta_fast", 32.0),
-        beta_slow=_number(given, "beta_slow", 1.0),
-        truncate=given.get("truncate", True) is not False,
-        attention_factor=_number(given, "attention_factor", inferred),
-        softmax_mscale=mscale_all if latent and factor > 1 else 0.0,
-    )
+    both = mscale and mscale_all
+    inferred = _mscale(factor, mscale) / _mscale(factor, mscale_all) if both else _mscale(factor, 1.0)
+    fast, slow = _number(given, "beta_fast", 32.0), _number(given, "beta_slow", 1.0)
+    truncate, attention_factor = given.get("truncate", True) is not False, _number(given, "attention_factor", inferred)
+    softmax_mscale = mscale_all if latent and factor > 1 else 0.0
+    return Rope(theta, kind, factor, trained, fast, slow, truncate, attention_factor, softmax_mscale)
 
 
 def _number(given: dict, key: str, default: float | None = None) -> float:
-    """A number of the config, or the default for none. Raises ValueError unless it is above 0 and finite."""
     value = given.get(key)
     if value is None and default is not None:
         return default
@@ -64,17 +52,11 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def write_rope(rope: Rope) -> dict:
-    """The `rope_parameters` of a config.json: `read_rope`'s inverse."""
     given = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
         given["factor"] = rope.factor
     if rope.kind == "yarn":
-        given |= {
-            "original_max_position_embeddings": rope.trained_length,
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "truncate": rope.truncate,
-            "attention_factor": rope.attention_factor,
-        }
+        given["original_max_position_embeddings"] = rope.trained_length
+        given |= {key: getattr(rope, key) for key in ("beta_fast", "beta_slow", "truncate", "attention_factor")}
         given |= {"mscale_all_dim": rope.softmax_mscale} if rope.softmax_mscale else {}
     return given

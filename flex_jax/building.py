@@ -1,0 +1,217 @@
+"""What all runs of an experiment share, built once: backbone and mesh, clients' data, and each method with its plan."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from transformers import AutoTokenizer
+
+from flex_jax import tiny
+from flex_jax.config import for_method, nearest_key
+from flex_jax.data.batches import ClientDataset, encode_client, evaluation_batches
+from flex_jax.data.partition import PartitionSettings, partition
+from flex_jax.data.prompts import check_tokenizer, encode_prompt
+from flex_jax.errors import InputError
+from flex_jax.evaluation.evaluate import HeldOut
+from flex_jax.federated.aggregation import check_cohort
+from flex_jax.federated.client import OptimizerSettings
+from flex_jax.federated.cost_model import Plan, StepShape, plan
+from flex_jax.federated.federated_round import CompiledRound, make_round
+from flex_jax.federated.init import Start, start
+from flex_jax.federated.method import MethodSpec, Settings
+from flex_jax.methods import METHODS, Method, make_method, user_error, user_frame
+from flex_jax.models.adapters import AdapterConfig
+from flex_jax.models.checkpoint import find_checkpoint, load_pretrained, read_model_config
+from flex_jax.models.config import LoraConfig, SlotConfig
+from flex_jax.models.decoder import Decoder
+from flex_jax.models.export.peft import load_adapter
+from flex_jax.models.sharding import AXES, make_mesh, param_sharding
+
+
+class Backbone(NamedTuple):
+    """A pretrained model with its tokenizer, on the devices of an experiment."""
+
+    model: Decoder
+    params: dict
+    tokenizer: Any  # a transformers tokenizer
+    mesh: Mesh | None = None  # None for one device
+
+
+class Federation(NamedTuple):
+    """The clients' data of one seed."""
+
+    train: list[ClientDataset]
+    held_out: HeldOut
+
+
+class ResolvedMethod(NamedTuple):
+    """An entry of config.methods, with its own config and hyperparameters applied."""
+
+    name: str
+    config: ConfigDict
+    method: Method
+
+
+class PreparedMethod(NamedTuple):
+    """A method or variant that is ready to run with every seed."""
+
+    name: str
+    config: ConfigDict
+    spec: MethodSpec
+    plan: Plan  # of one device
+    round_fn: CompiledRound
+
+
+def checkpoint_name(config: ConfigDict) -> str:
+    """Returns the checkpoint directory or Hub name that config.model.path means."""
+    return str(tiny.CHECKPOINT) if config.model.path == "tiny" else config.model.path
+
+
+def build_mesh(config: ConfigDict) -> Mesh | None:
+    """Returns the devices of config.mesh, None for one. Raises InputError if there are fewer."""
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    wanted, devices = math.prod(sizes.values()), jax.device_count()
+    if wanted > devices:
+        axes = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise InputError(f"config.mesh is {axes}, {wanted} devices: must be at most the {devices} that there are")
+    return make_mesh(**sizes)
+
+
+def build_backbone(config: ConfigDict) -> Backbone:
+    """Loads the model, frozen parameters and tokenizer of config.model. Raises InputError if one is unusable."""
+    path = find_checkpoint(checkpoint_name(config))
+    quantisation = None if config.model.quantisation == "none" else config.model.quantisation
+    mesh, num_experts = build_mesh(config), read_model_config(path / "config.json").num_experts
+    if num_experts % config.mesh.expert:  # before the weights, which may take minutes to load
+        raise InputError(
+            f"config.mesh.expert is {config.mesh.expert}: must divide the {num_experts} experts of a layer of {path}"
+        )
+    sharding = param_sharding(mesh) if mesh else None
+    model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation, sharding=sharding)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # transformers does not check its files
+        raise InputError(f"{path}: no usable tokenizer in the checkpoint directory ({error})") from error
+    check_tokenizer(tokenizer, model.config.vocab_size)
+    return Backbone(model.clone(remat=config.model.remat), params, tokenizer, mesh)
+
+
+def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict], seed: int) -> Federation:
+    """Divides the records among clients and encodes them."""
+    data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
+    kind, column, categories = data.partition, data.column, data.categories
+    settings = PartitionSettings(kind, column, categories, data.alpha, data.examples_per_client, data.test_examples)
+    clients = partition(records, settings, num_clients=config.clients, seed=seed)
+    train, test = (
+        [encode_client(client.name, getattr(client, part), tokenizer, length) for client in clients]
+        for part in ("train", "test")
+    )
+    prompts = [[encode_prompt(record, tokenizer, length) for record in client.test] for client in clients]
+    batches = evaluation_batches(test, config.evaluation.batch_size)
+    return Federation(train, HeldOut([client.test for client in clients], prompts, batches))
+
+
+def resolve_method(config: ConfigDict, name: str) -> ResolvedMethod:
+    """Returns one entry of config.methods. Raises InputError for an unknown method or wrong hyperparameters."""
+    own = for_method(config, name)
+    return ResolvedMethod(name, own, make_method(own.method, own.hparams[name].to_dict(), f"config.hparams.{name}"))
+
+
+def check_hparam_names(config: ConfigDict) -> None:
+    """Raises InputError for config.hparams that no run can use, so that none is ignored by mistake."""
+    variants = {name: entry.get("method", name) for name, entry in config.overrides.items()}
+    for name in config.hparams:
+        shadowed = [run for run in config.methods if run != name and variants.get(run) == name]
+        if name not in config.methods and shadowed:
+            raise InputError(
+                f"config.hparams.{name}: no run has this name; the hyperparameters of its variant are "
+                f"config.hparams.{shadowed[0]}"
+            )
+        if name not in (*config.methods, *METHODS, *variants):
+            nearest = nearest_key(name, (*config.methods, *METHODS))
+            raise InputError(f"config.hparams.{name} names no method of this run: the nearest is {nearest}")
+
+
+def build_spec(config: ConfigDict, backbone: Backbone, method: Method) -> MethodSpec:
+    """Returns the static part of a method's runs; `config` is the method's own.
+
+    Raises InputError if the method cannot work with this model, these settings, or a cohort of this size.
+    """
+    lora = LoraConfig(config.lora.rank, config.lora.alpha, config.lora.dropout)
+    slot = SlotConfig(
+        config.slot.experts,
+        config.slot.training,
+        LoraConfig(config.slot.rank, config.slot.alpha, config.lora.dropout),
+        "routing" if method.grafts == "all" else config.slot.gate,
+        config.slot.gate_init,
+    )
+    num_experts = backbone.model.config.num_experts
+    if method.grafts != "none" and slot.num_experts > num_experts:
+        raise InputError(
+            f"config.slot.experts is {slot.num_experts}: must be at most {num_experts}, the experts of a layer"
+        )
+    settings = Settings(**config.client, **config.server)
+    if problem := check_cohort(settings.aggregation, settings.byzantine, config.cohort or config.clients):
+        raise InputError(f"config.server.aggregation: {problem}")
+    model = backbone.model.clone(adapters=AdapterConfig(lora, slot, method.projection))
+    try:
+        method.check(model, settings)
+    except InputError as error:
+        raise InputError(f"method {config.method}: {error}") from error
+    return MethodSpec(model, method, settings)
+
+
+def start_run(
+    config: ConfigDict, spec: MethodSpec, backbone: Backbone, expert_index: np.ndarray | None, key: jax.Array
+) -> Start:
+    """Returns the first state of a run. Raises InputError if config.lora.path is no fitting adapter."""
+    model = spec.model
+    lora = load_adapter(config.lora.path, model.config, model.adapters.lora) if config.lora.path else None
+    return start(spec, backbone.params, expert_index, key=key, lora=lora)
+
+
+def start_without_grafting(config: ConfigDict, spec: MethodSpec, backbone: Backbone, key: jax.Array) -> Start:
+    """Returns a start in which every client grafts expert 0; all but the grafted slots is as in a real one."""
+    slot = (config.clients, backbone.model.config.num_moe_layers, config.slot.experts)
+    return start_run(config, spec, backbone, np.zeros(slot, np.int32), key)
+
+
+def abstract_state(config: ConfigDict, spec: MethodSpec, backbone: Backbone) -> tuple[Any, Any]:
+    """Returns the shapes of `Frozen` and of a `RoundState` with one client."""
+
+    def shapes(params):
+        run = start_without_grafting(config, spec, backbone._replace(params=params), jax.random.PRNGKey(0))
+        return run.frozen, run.state._replace(clients=run.init_clients(np.arange(1)))
+
+    return jax.eval_shape(shapes, backbone.params)
+
+
+def prepare_method(resolved: ResolvedMethod, backbone: Backbone) -> PreparedMethod:
+    """Returns a method that is ready to run, with its plan.
+
+    This traces the method for the first time, so a mistake in a user's own file becomes an InputError with its line.
+    """
+    name, config, method = resolved
+    optimizer = OptimizerSettings(config.rounds, **config.optimizer)
+    slices = config.mesh.fsdp * config.mesh.expert
+    clients_per_device = (config.cohort or config.clients) // config.mesh.clients
+    step = StepShape(clients_per_device, config.batch_size // slices, config.sequence_length, slices)
+    try:
+        spec = build_spec(config, backbone, method)
+        planned = plan(spec, *abstract_state(config, spec, backbone), step)
+    except Exception as error:  # the file is the user's program, which may raise anything
+        if isinstance(error, InputError) or not user_frame(config.method, error):
+            raise
+        raise user_error(config.method, error) from error
+    round_fn = make_round(spec, num_clients=config.clients, optimizer=optimizer, mesh=backbone.mesh)
+    return PreparedMethod(name, config, spec, planned, CompiledRound(round_fn))
+
+
+def plan_row(prepared: PreparedMethod) -> dict[str, Any]:
+    """Returns the plan of a method as `reporting.tables.plan_table` takes it."""
+    config = prepared.config
+    cohort = config.cohort or config.clients
+    return prepared.plan._asdict() | {"method": prepared.name, "clients": config.clients, "cohort": cohort}

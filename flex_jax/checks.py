@@ -1,0 +1,75 @@
+"""What a value of the config or a hyperparameter of a method may be."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+
+class Check(NamedTuple):
+    """A test of a value, and the words that an error line uses for what is allowed."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_hyperparameter(value: Any) -> bool:
+    """Whether a value can be written in a config, read back from JSON unchanged, and hashed."""
+    items = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(item, (bool, str)) or is_number(item) for item in items)
+
+
+def is_distinct(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    """Whether a value is a tuple of different items that are all accepted."""
+    return isinstance(value, tuple) and all(map(accepts, value)) and len(set(value)) == len(value)
+
+
+def at_least(low: int) -> Check:
+    return Check(f"an integer of at least {low}", lambda value: is_integer(value) and value >= low)
+
+
+def one_of(*choices: str) -> Check:
+    return Check(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+POSITIVE = Check("a number above 0", lambda value: is_number(value) and value > 0)
+NOT_NEGATIVE = Check("a number of at least 0", lambda value: is_number(value) and value >= 0)
+PROBABILITY = Check("a number of at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
+UNIT = Check("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+FRACTION = Check("a number above 0 and at most 1", lambda value: is_number(value) and 0 < value <= 1)
+FLAG = Check("True or False", lambda value: isinstance(value, bool))
+TEXT = Check("a text that is not empty", is_text)
+ANY_TEXT = Check("a text", lambda value: isinstance(value, str))
+TEXTS = Check("a tuple of different texts", lambda value: is_distinct(value, is_text))
+HYPERPARAMETER = Check("a number, a text or a tuple of them", is_hyperparameter)
+RANKS = Check(
+    "a tuple of integers of at least 1, such as (8, 16), or ()",
+    lambda value: isinstance(value, tuple) and all(is_integer(rank) and rank >= 1 for rank in value),
+)
+
+# Types for the hyperparameters of methods: the type checker sees the plain type, the config the check.
+Positive = Annotated[float, POSITIVE]
+NotNegative = Annotated[float, NOT_NEGATIVE]
+Probability = Annotated[float, PROBABILITY]
+Unit = Annotated[float, UNIT]
+Fraction = Annotated[float, FRACTION]
+Count = Annotated[int, at_least(1)]
+Ranks = Annotated[tuple[int, ...], RANKS]
+PLAIN = {  # checks of hyperparameters that are annotated with a plain type
+    bool: FLAG,
+    int: Check("an integer", is_integer),
+    float: Check("a number", is_number),
+    str: ANY_TEXT,
+    tuple: Check("a tuple", lambda value: isinstance(value, tuple)),
+}

@@ -1,0 +1,1 @@
+"""Trained clients as directories that PEFT and transformers load."""

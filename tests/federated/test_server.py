@@ -1,0 +1,101 @@
+"""The server's part of a round: how clients are weighted, and that a delta is clipped once, whatever the method."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flex_jax.federated import server as server_module
+from flex_jax.federated.aggregation import RULES
+from flex_jax.federated.client import exchanged
+from flex_jax.federated.method import Settings, Upload
+from flex_jax.federated.server import aggregate, client_weights
+from flex_jax.methods import METHODS
+from tests.federated.helpers import N, assert_equal, of_client, tree_map
+
+CLIP_NORM = 0.1
+
+
+@pytest.fixture(scope="module")
+def arrived(prepared):
+    """spec -> (server state, shape of an upload, random uploads of a cohort, much larger than CLIP_NORM)."""
+
+    def make(spec):
+        _, state = prepared(spec)
+        upload, _ = exchanged(spec, state.server, of_client(state.clients, 0))
+        rng = np.random.default_rng(0)
+
+        def random(leaf):
+            shape = (N, *leaf.shape)
+            return rng.normal(size=shape).astype(np.float32) if leaf.dtype == np.float32 else np.ones(shape, leaf.dtype)
+
+        return state.server, upload, tree_map(random, upload)
+
+    return make
+
+
+def norms(stacked):
+    return jax.vmap(optax.tree.norm)(stacked)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_deltas_are_clipped_once_for_every_method(name, spec_of, arrived, examples, monkeypatch):
+    """Whatever its update does with them: it gets them clipped, and its mean does not clip anything again."""
+    spec = spec_of(name, settings=Settings(clip_norm=CLIP_NORM))
+    server, upload, uploads = arrived(spec)
+    clipped, seen = [], []
+
+    def spy(stacked, clip_norm):
+        clipped.append((stacked, clip_norm))
+        return clip(stacked, clip_norm)
+
+    def update(state, context):
+        seen.append(context)
+        return spec.method.server.update(state, context)
+
+    clip = server_module.clip
+    monkeypatch.setattr(server_module, "clip", spy)
+    rule = spec.method.server._replace(update=update)
+    watched = spec._replace(method=spec.method._replace(server=rule))
+    jax.eval_shape(partial(aggregate, watched, N), upload, server, uploads, examples)
+    shared = bool(jax.tree.leaves(server.shared))
+    assert [norm for _, norm in clipped] == [CLIP_NORM] * shared
+    assert all(jax.tree.structure(stacked) == jax.tree.structure(uploads.delta) for stacked, _ in clipped)
+    (context,) = seen
+    assert jax.tree.structure(context.uploads) == jax.tree.structure(uploads) and context.num_clients == N
+
+
+def test_only_deltas_are_clipped(spec_of, arrived, examples):
+    """Each client's as a whole. SCAFFOLD's controls, which are uploaded next to them, are averaged as they are."""
+    spec = spec_of("scaffold", settings=Settings(clip_norm=CLIP_NORM))
+    server, upload, uploads = arrived(spec)
+    after = jax.jit(partial(aggregate, spec, N))(upload, server, uploads, examples)
+    factor = CLIP_NORM / np.asarray(norms(uploads.delta))
+    assert (factor < 0.1).all()
+    weights = examples / examples.sum()
+    moved = tree_map(lambda leaf: np.tensordot(weights * factor, leaf, 1), uploads.delta)
+    control = tree_map(lambda leaf: leaf.mean(0), uploads.extra["control"])
+    tree_map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.shared, optax.tree.add(server.shared, moved)
+    )
+    tree_map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.extra["control"], control)
+
+
+@pytest.mark.parametrize("aggregation", RULES)
+def test_a_method_that_shares_nothing_has_nothing_to_clip_or_combine(aggregation, spec_of, arrived, examples):
+    spec = spec_of("local", settings=Settings(aggregation=aggregation, clip_norm=1.0))
+    server, upload, uploads = arrived(spec)
+    assert_equal(aggregate(spec, N, upload, server, uploads, examples), server)
+    nested = Upload({"layers": {}})
+    assert_equal(
+        aggregate(spec, N, nested, server._replace(shared={"layers": {}}), nested, examples).shared, {"layers": {}}
+    )
+
+
+def test_weights_sum_to_one():
+    counts = jnp.array([1.0, 2.0, 5.0])
+    np.testing.assert_allclose(client_weights(counts, "examples"), [0.125, 0.25, 0.625])
+    np.testing.assert_allclose(client_weights(counts, "uniform"), [1 / 3] * 3, rtol=1e-6)

@@ -1,0 +1,69 @@
+"""Mistakes in data, checkpoint and config: one line, status 2, and no work directory."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+
+from flex_jax.main import main
+from flex_jax.models.checkpoint import WEIGHTS, save_pretrained
+from tests.program import arguments, assert_refused
+
+
+def record(**changes):
+    fields = {"instruction": "Name it.", "context": "", "response": "yes", "category": "closed_qa"}
+    return json.dumps(fields | changes)
+
+
+BAD_DATA = {
+    "missing file": (None, "no such file|missing|does not exist"),
+    "no response": ([record(), json.dumps({"instruction": "a", "context": "", "category": "x"})], ":2: .*response"),
+    "a response of spaces": ([record(), record(response="   ")], ":2: response is empty"),
+    "broken JSON": ([record(), '{"instruction": '], ":2: broken JSON"),
+    "an empty client": ([record(instruction=str(i)) for i in range(5)], "client"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_gives_one_line_and_status_2(kind, checkpoint, tmp_path, capsys):
+    lines, words = BAD_DATA[kind]
+    file = tmp_path / "data.jsonl"
+    if lines is not None:
+        file.write_text("\n".join(lines))
+    flags = [f"--config.data.path={file}", "--config.data.partition=iid", "--config.data.column="]
+    assert_refused(main, arguments(checkpoint, tmp_path / "run", *flags), words, capsys, tmp_path / "run")
+
+
+def test_more_grafted_experts_than_experts(checkpoint, tmp_path, capsys):
+    command = arguments(checkpoint, tmp_path / "run", "--config.slot.experts=7")
+    assert_refused(main, command, r"config.slot.experts is 7: must be at most 6", capsys, tmp_path / "run")
+
+
+def test_an_unknown_method_and_an_unknown_category(checkpoint, tmp_path, capsys):
+    command = arguments(checkpoint, tmp_path / "run", "--config.methods='flax',")
+    assert_refused(
+        main, command, "'flax' is unknown: must be path/to/file.py:name or one of ", capsys, tmp_path / "run"
+    )
+    command = arguments(checkpoint, tmp_path / "run", "--config.data.categories='poetry',")
+    assert_refused(main, command, "poetry", capsys, tmp_path / "run")
+
+
+def test_a_bad_checkpoint_names_all_its_tensors(checkpoint, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / WEIGHTS)
+    del tensors["model.norm.weight"]
+    tensors["lm_head.weight"] = np.zeros((2, 2), np.float32)
+    save_file(tensors, broken / WEIGHTS)
+    command = arguments(broken, tmp_path / "run")
+    assert_refused(main, command, "model.norm.weight is missing.*lm_head|lm_head.*model.norm", capsys, tmp_path / "run")
+
+
+def test_a_tokenizer_larger_than_the_embedding(checkpoint, model_config, params, tmp_path, capsys):
+    save_pretrained(tmp_path / "small", model_config, params, tokenizer=AutoTokenizer.from_pretrained(checkpoint))
+    command = arguments(tmp_path / "small", tmp_path / "run")
+    assert_refused(main, command, "embedding has 60 rows", capsys, tmp_path / "run")

@@ -1,0 +1,152 @@
+"""A run read back from its work directory: every client as it was left, and one line for what cannot be read."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from flex_jax import export, generate
+from flex_jax.config import default_config
+from flex_jax.errors import InputError
+from flex_jax.experiment import check_workdir
+from flex_jax.federated.checkpoint import Checkpoints
+from flex_jax.main import main, parse
+from flex_jax.restored_run import client_names, open_run, read_config
+from flex_jax.results import RunEntry
+from tests.program import arguments, assert_refused, count_method_calls, read
+
+METHODS = ("flex", "local", "fedmoe")
+
+
+@pytest.fixture(scope="module")
+def workdir(checkpoint, tmp_path_factory):
+    """LoRA slots, and cohorts smaller than the clients: the last two clients never train."""
+    folder = tmp_path_factory.mktemp("half")
+    (folder / "available.jsonl").write_text("[0, 1]\n")
+    more = ("slot.training=lora", "slot.rank=2", "slot.experts=2", "slot.gate_init=closed", "cohort=2")
+    more += ("client.compression=topk", f"methods={METHODS}", f"availability={folder}/available.jsonl")
+    assert main(arguments(checkpoint, folder / "run", *(f"--config.{value}" for value in more))) == 0
+    return folder / "run"
+
+
+def test_lora_slots_and_a_cohort_smaller_than_the_clients_run(workdir):
+    for run in read(workdir)["runs"]:
+        assert len(run["clients"]) == 4 and all(client["eval_loss"] > 0 for client in run["clients"])
+        for client in run["clients"]:
+            assert len(client["grafted_experts"]) == (0 if run["method"] == "local" else 3)
+            assert all(len(set(layer)) == 2 for layer in client["grafted_experts"])
+
+
+def test_a_run_is_restored_once_with_the_grafts_of_its_clients(workdir, monkeypatch):
+    restored = count_method_calls(monkeypatch, Checkpoints, "restore")
+    run = open_run(workdir)
+    clients = run.models([1, 0]).clients
+    run.shared_model(), run.models([0])
+    assert len(restored) == 1
+    grafted = [client["grafted_experts"] for client in read(workdir)["runs"][0]["clients"]]
+    np.testing.assert_array_equal(clients.grafts["layers"]["moe"]["slot"]["expert_index"], [grafted[1], grafted[0]])
+
+
+@pytest.mark.parametrize("method", ["flex", "fedmoe"])
+def test_a_client_that_has_not_trained_is_refused_by_a_method_that_grafts(workdir, tmp_path, capsys, method):
+    """The experts that it grafted are not stored."""
+    for client, name in ((2, "shipping"), (3, "3")):
+        run, words = ("--workdir", workdir, "--method", method), f"client {client}: {method}-seed0 has not trained it"
+        assert_refused(generate.main, [*run, "--client", name, "--prompt", "a"], words, capsys)
+        flags = ("--client", name, "--format", "peft", "--out", tmp_path / "out")
+        assert_refused(export.main, [*run, *flags], words, capsys, tmp_path / "out")
+    with pytest.raises(InputError, match=f"client 3: {method}-seed0 has not"):
+        open_run(workdir, method).models([0, 3])
+
+
+def test_a_client_that_has_not_trained_has_the_first_state_of_a_method_without_grafts(workdir, tmp_path, capsys):
+    local = ["--workdir", str(workdir), "--method", "local"]
+    adapters = []
+    for client in ("0", "3"):
+        assert main_export(local, client, tmp_path / client) == 0
+        adapters.append(load_file(tmp_path / client / "adapter_model.safetensors"))
+    changed, first = ({name: leaf.any() for name, leaf in tree.items() if "lora_B" in name} for tree in adapters)
+    assert all(changed.values()) and not any(first.values()) and len(first) == 3 * 3
+    capsys.readouterr()
+    for client in ("3", "shared", "0"):  # nothing is shared: the backbone alone
+        assert generate.main([*local, "--client", client, "--prompt", "Write a note."]) == 0
+    first, backbone, trained = capsys.readouterr().out.splitlines()
+    assert first == backbone != trained
+    prediction = read(workdir)["runs"][1]["clients"][3]["examples"][0]
+    question = ("--prompt", prediction["instruction"], "--context", prediction["context"])
+    assert generate.main([*local, "--client", "3", *question]) == 0
+    assert capsys.readouterr().out == f"{prediction['prediction']}\n"
+
+
+def test_a_method_without_a_shared_model_has_none(workdir, capsys):
+    command = ["--workdir", workdir, "--method", "fedmoe", "--client", "shared", "--prompt", "a"]
+    assert_refused(generate.main, command, "client shared: fedmoe-seed0 shares only a part", capsys)
+
+
+def main_export(flags, client, out):
+    return export.main([*flags, "--client", client, "--format", "peft", "--out", str(out)])
+
+
+def test_the_names_of_clients_before_and_after_a_run_has_finished(workdir, tmp_path):
+    assert client_names(workdir) == ["finance", "legal", "shipping", "support"]
+    shutil.copy(workdir / "config.json", tmp_path)
+    assert client_names(tmp_path) == [""] * 4
+    (tmp_path / "results.json").write_text(json.dumps(read(workdir) | {"runs": []}))  # the first run has failed
+    assert client_names(tmp_path) == [""] * 4
+
+
+def test_a_config_is_read_back_as_it_was(tmp_path):
+    flags = ["--config", "configs/default.py", "--config.methods='hetlora','far','mine.py:mine'", "--config.seeds=3,"]
+    flags += ["--config.hparams.hetlora.ranks=(8, 16)", "--config.hparams.far.mu=2", "--config.hparams.mine.on=True"]
+    flags += ["--config.hparams.mine.kinds=('a', 'b')", "--config.hparams.mine.none=()"]
+    flags += ["--config.overrides.far.method=fedprox", "--config.overrides.far.optimizer.learning_rate=1"]
+    config, _ = parse(flags)
+    check_workdir(tmp_path, config)
+    again = read_config(tmp_path)
+    assert again.to_dict() == config.to_dict() != default_config().to_dict()
+    assert again.hparams.hetlora.ranks == (8, 16) and again.hparams.mine.none == ()
+    check_workdir(tmp_path, again)
+    config.hparams.far.mu = 3
+    with pytest.raises(InputError, match=r"holds a run of another config \(different: hparams\)"):
+        check_workdir(tmp_path, config)
+
+
+ONE = ("--client", "1", "--prompt", "Write a note.")
+
+
+def test_a_broken_config_of_the_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{\n")
+    assert_refused(generate.main, ["--workdir", tmp_path, *ONE], "config.json: broken JSON", capsys)
+
+
+NAMELESS = dict.fromkeys(RunEntry.__required_keys__, []) | {"clients": [{}]}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"clients": 3}, "flex-seed0: damaged, or not of .*/config.json"),
+        ("config.json", {"methods": []}, "config.methods is"),
+        ("config.json", {"methods": ["flox"]}, "flox-seed0: no checkpoint of this method"),
+        ("config.json", {"rank": 3}, "not the config of a run of this version"),
+        ("config.json", {"hparams": {"flex": {"mu": 1}}}, "config.hparams.flex.mu is unknown"),
+        ("results.json", {"runs": [{}]}, "results.json: not a results file"),
+        ("results.json", {"runs": [NAMELESS]}, "results.json: a client has no name"),
+        ("checkpoints/flex-seed0/server/3/default/manifest.ocdbt", None, "flex-seed0: damaged"),
+    ],
+)
+def test_a_damaged_run_is_one_line(workdir, tmp_path, capsys, file, change, words):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    text = "" if change is None else json.dumps(json.loads((copy / file).read_text()) | change)
+    (copy / file).write_text(text)
+    assert_refused(generate.main, ["--workdir", copy, *ONE], words, capsys)
+
+
+def test_a_lost_client_file_is_one_line(workdir, tmp_path, capsys):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    for file in (copy / "checkpoints/flex-seed0/clients").glob("client000001-*"):
+        file.unlink()
+    words = "client000001-round000003.safetensors: lost or damaged"
+    assert_refused(generate.main, ["--workdir", copy, *ONE], words, capsys)
