@@ -1,6 +1,5 @@
 """The documents in docs/: made from the code, or tried as they stand."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import methods
 import pytest
 
 from flex_jax.main import main
-from tests.program import SHORT, arguments, assert_refused
+from tests.program import SHORT, arguments, assert_refused, read
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -19,33 +18,31 @@ def test_the_table_of_methods_is_that_of_the_code():
     assert (DOCS / "methods.md").read_text() == methods.table()
 
 
-def average(workdir):
-    return json.loads((workdir / "results.json").read_text())["runs"][0]["average"]
+@pytest.fixture(scope="module")
+def examples(checkpoint, tmp_path_factory):
+    """All examples in one file, next to methods of the package. Returns the entries of results.json by method."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "mine.py").write_text("\n".join(block for block in BLOCKS if "-> Method" in block))
+    own = [f"{folder}/mine.py:{name}" for name in ("fedexp", "fedsa", "fedprox", "bias")]
+    more = [f"--config.methods={('fedavg', 'fedsa_lora', 'known_fedprox', *own)}"]
+    more += ["--config.overrides.known_fedprox.method=fedprox"]
+    more += [f"--config.hparams.{name}.mu=0.5" for name in ("fedprox", "known_fedprox")]
+    more += ["--config.overrides.fedexp.lora.rank=3", "--config.hparams.fedexp.max_eta=1.5"]
+    assert main(arguments(checkpoint, folder / "run", *SHORT, *more)) == 0
+    return {entry["method"]: entry for entry in read(folder / "run")["runs"]}
 
 
-def test_a_method_in_a_file_of_ones_own_runs_beside_others(checkpoint, tmp_path):
+def test_a_method_in_a_file_of_ones_own_runs_next_to_others(examples):
     """The first example as it stands, with its own rank and hyperparameter. It is no longer than promised."""
     assert len(BLOCKS[0].splitlines()) < 40
-    (tmp_path / "mine.py").write_text(BLOCKS[0])
-    methods = f'--config.methods=("fedavg","{tmp_path}/mine.py:fedexp")'
-    more = (methods, "--config.overrides.fedexp.lora.rank=3", "--config.hparams.fedexp.max_eta=1.5")
-    assert main(arguments(checkpoint, tmp_path / "run", *SHORT, *more)) == 0
-    runs = json.loads((tmp_path / "run/results.json").read_text())["runs"]
-    assert [run["method"] for run in runs] == ["fedavg", "fedexp"]
-    assert 2 * runs[1]["parameters"]["shared"] == 3 * runs[0]["parameters"]["shared"]
+    assert 2 * examples["fedexp"]["parameters"]["shared"] == 3 * examples["fedavg"]["parameters"]["shared"]
 
 
-@pytest.mark.parametrize("name", ["fedsa", "fedprox", "bias"])
-def test_the_other_examples_are_what_they_say(name, checkpoint, tmp_path):
+def test_the_other_examples_are_what_they_say(examples):
     """Two are methods of the package, and the bias, which is zero at first, is FedAvg that has learned more."""
-    block = next(block for block in BLOCKS if f"def {name}(" in block)
-    (tmp_path / "mine.py").write_text(f"{BLOCKS[0]}\n{block}")
-    losses = []
-    for method in (f"{tmp_path}/mine.py:{name}", {"fedsa": "fedsa_lora", "bias": "fedavg"}.get(name, name)):
-        workdir = tmp_path / str(len(losses))
-        assert main(arguments(checkpoint, workdir, *SHORT, f"--config.method={method}")) == 0
-        losses.append(average(workdir)["eval_loss"])
-    assert losses[0] < losses[1] if name == "bias" else losses[0] == losses[1]
+    loss = {name: entry["average"]["eval_loss"] for name, entry in examples.items()}
+    assert loss["fedsa"] == loss["fedsa_lora"] and loss["fedprox"] == loss["known_fedprox"]
+    assert loss["bias"] < loss["fedavg"]
 
 
 BAD_FILES = {

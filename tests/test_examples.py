@@ -15,13 +15,14 @@ def test_one_round_in_plain_python_is_that_of_the_package(capsys):
     assert difference.startswith("largest difference") and float(difference.split()[-1]) < 1e-4
 
 
-def test_own_methods_run_next_to_fedavg(capsys, monkeypatch):
-    """With fewer steps and examples than the program has."""
+def test_own_methods_run_next_to_fedavg(checkpoint, capsys, monkeypatch):
+    """With a smaller model and fewer steps than the program has."""
     run, results = experiment.run, []
 
     def run_short(config, workdir):
         assert config.hparams.fedexp.max_eta == 2.0
-        config.local_steps, config.data.test_examples, config.evaluation.max_new_tokens = 2, 3, 1
+        config.model.path, config.rounds, config.local_steps = str(checkpoint), 1, 2
+        config.data.test_examples, config.evaluation.max_new_tokens = 3, 1
         results.append(run(config, workdir))
 
     monkeypatch.setattr(experiment, "run", run_short)

@@ -24,7 +24,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     causal, size, value_size = mask is None, key.shape[-1], value.shape[-1]
     flash = causal and jax.default_backend() == "gpu" and query.dtype in FLASH_DTYPES and size <= FLASH_SIZE
     kind = "cudnn" if flash else None
-    value = jnp.pad(value, (*((0, 0),) * 3, (0, size - value_size)))  # the fused operator needs keys of the same size
+    value = jnp.pad(value, (*((0, 0),) * 3, (0, size - value_size)))  # the fused operator needs equal sizes
     y = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, is_causal=causal, implementation=kind)
     return y[..., :value_size]
 

@@ -21,7 +21,7 @@ def token_cross_entropy(features: Array, head: Array, targets: Array, loss_mask:
 
     Work in multiply-adds per position in the mask: D V for the loss and D V for the gradient. Memory: chunk * V logits.
     """
-    return merge_batch_axis(partial(_compute, chunk, False), (1,))(features, head, targets, loss_mask)[0]
+    return merge_batch_axis(partial(_compute, chunk, False), frozen=(1,))(features, head, targets, loss_mask)[0]
 
 
 def _compute(chunk, with_gradient, features, head, targets, loss_mask):
@@ -48,7 +48,7 @@ def _compute(chunk, with_gradient, features, head, targets, loss_mask):
 
 
 def _forward(features, head, targets, loss_mask, chunk):
-    return merge_batch_axis(partial(_compute, chunk, True), (1,))(features, head, targets, loss_mask)
+    return merge_batch_axis(partial(_compute, chunk, True), frozen=(1,))(features, head, targets, loss_mask)
 
 
 def _backward(chunk, gradients, d_loss):

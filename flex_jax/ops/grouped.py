@@ -43,9 +43,10 @@ def grouped_matmul(
     use `lax.ragged_dot` on a copy of the layer. Quantised matrices are dequantised first, one layer at a time.
     """
     if _has_triton():
-        matrices, first = _flat(stack), layer * len(group_sizes)
         if isinstance(stack, Quantised) or stack.dtype != tokens.dtype:
             matrices, first = dequantise(layer_slice(stack, layer), tokens.dtype), 0
+        else:
+            matrices, first = _flat(stack), layer * len(group_sizes)
         product = grouped_matmul_kernel(tokens, matrices, group_sizes, first, transposed)
     else:
         matrices = dequantise(layer_slice(stack, layer), tokens.dtype)
