@@ -42,7 +42,7 @@ def test_the_other_examples_are_what_they_say(examples):
     """Two are methods of the package, and the bias, which is zero at first, is FedAvg that has learned more."""
     loss = {name: entry["average"]["eval_loss"] for name, entry in examples.items()}
     assert loss["fedsa"] == loss["fedsa_lora"] and loss["fedprox"] == loss["known_fedprox"]
-    assert loss["bias"] < loss["fedavg"]
+    assert loss["bias"] < loss["fedavg"] != loss["fedprox"]
 
 
 BAD_FILES = {
