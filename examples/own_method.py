@@ -58,13 +58,11 @@ if __name__ == "__main__":
     import tempfile
     from pathlib import Path
 
-    from flex_jax.config import name_methods
     from flex_jax.experiment import run
     from flex_jax.main import load, override
 
     config = load(str(Path(__file__).parents[1] / "configs/quickstart.py"))
     override(config, ["--config.hparams.fedexp.max_eta=2.0", "--config.seeds=0,", "--config.rounds=2"])
     config.methods = ("fedavg", f"{__file__}:fedexp", f"{__file__}:bias")
-    name_methods(config)
     with tempfile.TemporaryDirectory() as folder:
         run(config, Path(folder) / "run")

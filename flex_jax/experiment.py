@@ -18,6 +18,7 @@ from flex_jax.building import (
     prepare_method,
     resolve_method,
 )
+from flex_jax.config import name_methods
 from flex_jax.data.sources import load_records
 from flex_jax.errors import FailedRuns, InputError
 from flex_jax.federated.cohort import read_availability
@@ -33,7 +34,7 @@ PACKAGES = ("flex_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformer
 
 
 def run(config: ConfigDict, workdir: Path) -> Results:
-    """Runs a validated config's methods x seeds under `workdir`, and returns what results.json holds.
+    """Runs a config's methods x seeds under `workdir`, and returns the content of results.json.
 
     Runs that are finished in the work directory are not repeated, and an interrupted one resumes from its newest
     checkpoint. A run that fails does not stop the others: it is in results.json under "failures", its traceback is
@@ -43,6 +44,8 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         InputError: a mistake in the config, the data or the checkpoint, or a work directory of another config.
         FailedRuns: a run failed; raised at the end.
     """
+    config = config.copy_and_resolve_references()
+    name_methods(config)
     check_hparam_names(config)
     resolved = [resolve_method(config, name) for name in config.methods]
     if config.availability:
