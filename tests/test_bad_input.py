@@ -36,6 +36,21 @@ def test_bad_data_gives_one_line_and_status_2(kind, checkpoint, tmp_path, capsys
     assert_refused(main, arguments(checkpoint, tmp_path / "run", *flags), words, capsys, tmp_path / "run")
 
 
+def test_a_cohort_too_small_for_its_aggregation(checkpoint, tmp_path, capsys):
+    command = arguments(checkpoint, tmp_path / "run", "--config.server.aggregation=krum")
+    assert_refused(main, command, "config.server.aggregation: krum .* cohort", capsys, tmp_path / "run")
+
+
+def test_fewer_available_clients_than_a_cohort(checkpoint, tmp_path, capsys):
+    (tmp_path / "trace.jsonl").write_text("[0]\n")
+    more = ("--config.cohort=2", f"--config.availability={tmp_path}/trace.jsonl")
+    command, words = (
+        arguments(checkpoint, tmp_path / "run", *more),
+        "trace.jsonl:1: has 1 clients: must have at least 2",
+    )
+    assert_refused(main, command, words, capsys, tmp_path / "run")
+
+
 def test_more_grafted_experts_than_experts(checkpoint, tmp_path, capsys):
     command = arguments(checkpoint, tmp_path / "run", "--config.slot.experts=7")
     assert_refused(main, command, r"config.slot.experts is 7: must be at most 6", capsys, tmp_path / "run")

@@ -13,22 +13,29 @@ from flex_jax.errors import InputError
 from flex_jax.experiment import check_workdir
 from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.main import main, parse
+from flex_jax.methods import METHODS
 from flex_jax.restored_run import client_names, open_run, read_config
 from flex_jax.results import RunEntry
-from tests.program import arguments, assert_refused, count_method_calls, read
+from tests.program import arguments, assert_refused, count_method_calls, read, read_lines
 
-METHODS = ("flex", "local", "fedmoe")
+TRACE = "[0, 3]\n[1, 2, 3]\n"  # the clients that are available in each round, then from the first line again
 
 
 @pytest.fixture(scope="module")
 def workdir(checkpoint, tmp_path_factory):
-    """LoRA slots, and cohorts smaller than the clients: the last two clients never train."""
-    folder = tmp_path_factory.mktemp("half")
-    (folder / "available.jsonl").write_text("[0, 1]\n")
-    more = ("slot.training=lora", "slot.rank=2", "slot.experts=2", "slot.gate_init=closed", "cohort=2")
-    more += ("client.compression=topk", f"methods={METHODS}", f"availability={folder}/available.jsonl")
+    """LoRA slots, and cohorts smaller than the clients: client 2 never trains."""
+    folder = tmp_path_factory.mktemp("cohorts")
+    (folder / "trace.jsonl").write_text(TRACE)
+    more = ("slot.training=lora", "slot.rank=2", "slot.experts=2", "slot.gate_init=closed", "client.compression=topk")
+    more += ("methods='flex','local'", "cohort=2", "sampling=size", f"availability={folder}/trace.jsonl")
     assert main(arguments(checkpoint, folder / "run", *(f"--config.{value}" for value in more))) == 0
     return folder / "run"
+
+
+def test_cohorts_by_an_availability_trace(workdir):
+    lines = [line for line in read_lines(workdir / "metrics.jsonl") if line["run"] == "flex-seed0"]
+    trained = [{line["client"] for line in lines if line["round"] == n} - {None} for n in range(3)]
+    assert trained[0] == trained[2] == {0, 3} and trained[1] == {1, 3}
 
 
 def test_lora_slots_and_a_cohort_smaller_than_the_clients_run(workdir):
@@ -49,40 +56,42 @@ def test_a_run_is_restored_once_with_the_grafts_of_its_clients(workdir, monkeypa
     np.testing.assert_array_equal(clients.grafts["layers"]["moe"]["slot"]["expert_index"], [grafted[1], grafted[0]])
 
 
-@pytest.mark.parametrize("method", ["flex", "fedmoe"])
-def test_a_client_that_has_not_trained_is_refused_by_a_method_that_grafts(workdir, tmp_path, capsys, method):
+def test_a_client_that_has_not_trained_is_refused_by_a_method_that_grafts(workdir, tmp_path, capsys):
     """The experts that it grafted are not stored."""
-    for client, name in ((2, "shipping"), (3, "3")):
-        run, words = ("--workdir", workdir, "--method", method), f"client {client}: {method}-seed0 has not trained it"
-        assert_refused(generate.main, [*run, "--client", name, "--prompt", "a"], words, capsys)
-        flags = ("--client", name, "--format", "peft", "--out", tmp_path / "out")
+    for name in ("2", "shipping"):
+        run, words = ("--workdir", workdir, "--client", name), "client 2: flex-seed0 has not trained it yet"
+        assert_refused(generate.main, [*run, "--prompt", "a"], words, capsys)
+        flags = ("--format", "peft", "--out", tmp_path / "out")
         assert_refused(export.main, [*run, *flags], words, capsys, tmp_path / "out")
-    with pytest.raises(InputError, match=f"client 3: {method}-seed0 has not"):
-        open_run(workdir, method).models([0, 3])
+    run = open_run(workdir)
+    for method in ("flex", "fedmoe"):  # the server of FedMoE has all experts, but not which ones are the client's
+        with pytest.raises(InputError, match="client 2: flex-seed0 has not"):
+            run._replace(spec=run.spec._replace(method=METHODS[method]())).models([0, 2])
 
 
 def test_a_client_that_has_not_trained_has_the_first_state_of_a_method_without_grafts(workdir, tmp_path, capsys):
     local = ["--workdir", str(workdir), "--method", "local"]
     adapters = []
-    for client in ("0", "3"):
+    for client in ("0", "2"):
         assert main_export(local, client, tmp_path / client) == 0
         adapters.append(load_file(tmp_path / client / "adapter_model.safetensors"))
     changed, first = ({name: leaf.any() for name, leaf in tree.items() if "lora_B" in name} for tree in adapters)
     assert all(changed.values()) and not any(first.values()) and len(first) == 3 * 3
     capsys.readouterr()
-    for client in ("3", "shared", "0"):  # nothing is shared: the backbone alone
+    for client in ("2", "shared", "0"):  # nothing is shared: the backbone alone
         assert generate.main([*local, "--client", client, "--prompt", "Write a note."]) == 0
     first, backbone, trained = capsys.readouterr().out.splitlines()
     assert first == backbone != trained
-    prediction = read(workdir)["runs"][1]["clients"][3]["examples"][0]
+    prediction = read(workdir)["runs"][1]["clients"][2]["examples"][0]
     question = ("--prompt", prediction["instruction"], "--context", prediction["context"])
-    assert generate.main([*local, "--client", "3", *question]) == 0
+    assert generate.main([*local, "--client", "2", *question]) == 0
     assert capsys.readouterr().out == f"{prediction['prediction']}\n"
 
 
-def test_a_method_without_a_shared_model_has_none(workdir, capsys):
-    command = ["--workdir", workdir, "--method", "fedmoe", "--client", "shared", "--prompt", "a"]
-    assert_refused(generate.main, command, "client shared: fedmoe-seed0 shares only a part", capsys)
+def test_a_method_without_a_shared_model_has_none(workdir):
+    run = open_run(workdir)
+    with pytest.raises(InputError, match="client shared: flex-seed0 shares only a part of its adapters"):
+        run._replace(spec=run.spec._replace(method=METHODS["fedmoe"]())).shared_model()
 
 
 def main_export(flags, client, out):
@@ -148,5 +157,5 @@ def test_a_lost_client_file_is_one_line(workdir, tmp_path, capsys):
     copy = shutil.copytree(workdir, tmp_path / "run")
     for file in (copy / "checkpoints/flex-seed0/clients").glob("client000001-*"):
         file.unlink()
-    words = "client000001-round000003.safetensors: lost or damaged"
+    words = "client000001-round000002.safetensors: lost or damaged"
     assert_refused(generate.main, ["--workdir", copy, *ONE], words, capsys)

@@ -1,6 +1,7 @@
 """A federation of four clients on a random model, ready for a round. Each folder's conftest imports these fixtures."""
 
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -46,17 +47,24 @@ def spec_of(model):
     return make
 
 
+def prepare(spec, params):
+    """Returns (Frozen, RoundState) of round 0, with the states of all clients."""
+    config = spec.model.config
+    grafted = np.arange(N * config.num_layers).reshape(N, config.num_layers, 1) % config.num_experts
+    frozen, state, init_clients = start(spec, params, grafted, key=jax.random.PRNGKey(7))
+    return frozen, state._replace(clients=init_clients(np.arange(N)))
+
+
 @pytest.fixture(scope="session")
 def prepared(params):
-    """spec -> (Frozen, RoundState) of round 0, with the states of all clients."""
+    """spec -> the result of `prepare`, made once. A round donates its state, so give it a copy."""
+    return cache(partial(prepare, params=params))
 
-    def prepare(spec):
-        config = spec.model.config
-        grafted = np.arange(N * config.num_layers).reshape(N, config.num_layers, 1) % config.num_experts
-        frozen, state, init_clients = start(spec, params, grafted, key=jax.random.PRNGKey(7))
-        return frozen, state._replace(clients=init_clients(np.arange(N)))
 
-    return prepare
+@pytest.fixture(scope="session")
+def abstract(params):
+    """spec -> the shapes of the result of `prepare`, without any compilation."""
+    return lambda spec: jax.eval_shape(partial(prepare, spec), params)
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def test_key_and_round_alone_decide(sampling):
         return {number: tuple(sample_cohort(key, number, SIZES, 3, sampling=sampling)) for number in rounds}
 
     ours = cohorts(KEY, range(8))
-    assert cohorts(KEY, reversed(range(8))) == ours  # nothing is kept from one round to the next
+    assert cohorts(KEY, reversed(range(8))) == ours  # nothing is remembered from one round to the next
     assert len(set(ours.values())) > 1
     assert cohorts(jax.random.PRNGKey(4), range(8)) != ours
 

@@ -90,14 +90,14 @@ def test_zeros_stay_zeros_and_a_diverged_client_is_not_hidden(compression):
     assert np.isnan(one(np.float32([1.0, np.nan, 2.0, 3.0]), compression)[1]).any()
 
 
-@pytest.mark.parametrize("fraction, kept", [(0.0, 1), (0.25, 2), (0.5, 3), (1.0, 6)])
-def test_topk_sends_the_largest(fraction, kept):
+@pytest.mark.parametrize("fraction, selected", [(0.0, 1), (0.25, 2), (0.5, 3), (1.0, 6)])
+def test_topk_sends_the_largest(fraction, selected):
     leaf = np.float32([[1.0, -6.0, 2.0], [-3.0, 5.0, -4.0]])
     sent, arrived = one(leaf, "topk", fraction=fraction)
     assert isinstance(sent, TopK) and (sent.values.dtype, sent.indices.dtype) == (jnp.float32, jnp.int32)
-    np.testing.assert_array_equal(sent.values, [-6.0, 5.0, -4.0, -3.0, 2.0, 1.0][:kept])
-    np.testing.assert_array_equal(sent.indices, [1, 4, 5, 3, 2, 0][:kept])
-    np.testing.assert_array_equal(arrived, np.where(np.abs(leaf) > 6 - kept, leaf, 0))
+    np.testing.assert_array_equal(sent.values, [-6.0, 5.0, -4.0, -3.0, 2.0, 1.0][:selected])
+    np.testing.assert_array_equal(sent.indices, [1, 4, 5, 3, 2, 0][:selected])
+    np.testing.assert_array_equal(arrived, np.where(np.abs(leaf) > 6 - selected, leaf, 0))
 
 
 def test_error_feedback_by_hand():

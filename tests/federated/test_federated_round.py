@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -127,7 +128,7 @@ def test_dropout_is_drawn_anew_in_every_round_and_the_same_again(prepared, spec_
 
     def losses(number):
         frozen, state = prepared(fedavg)
-        state = state._replace(round=state.round + number)
+        state = jax.tree.map(jnp.copy, state._replace(round=state.round + number))
         return round_fn(frozen, state, batches, np.arange(N), examples)[1]["clients"]["train_loss"]
 
     first = np.asarray(losses(0))

@@ -14,27 +14,28 @@ from flex_jax.federated.client import exchanged
 from flex_jax.federated.method import Settings, Upload
 from flex_jax.federated.server import aggregate, client_weights
 from flex_jax.methods import METHODS
-from tests.federated.helpers import N, assert_equal, of_client, tree_map
+from tests.federated.helpers import N, assert_equal, tree_map
 
 CLIP_NORM = 0.1
 
 
 @pytest.fixture(scope="module")
-def arrived(prepared):
-    """spec -> (server state, shape of an upload, random uploads of a cohort, much larger than CLIP_NORM)."""
+def shapes(abstract):
+    """spec -> shapes of (server state, an upload, the uploads of a cohort)."""
 
     def make(spec):
-        _, state = prepared(spec)
-        upload, _ = exchanged(spec, state.server, of_client(state.clients, 0))
-        rng = np.random.default_rng(0)
-
-        def random(leaf):
-            shape = (N, *leaf.shape)
-            return rng.normal(size=shape).astype(np.float32) if leaf.dtype == np.float32 else np.ones(shape, leaf.dtype)
-
-        return state.server, upload, tree_map(random, upload)
+        _, state = abstract(spec)
+        client = tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients)
+        upload, _ = exchanged(spec, state.server, client)
+        return state.server, upload, tree_map(lambda leaf: jax.ShapeDtypeStruct((N, *leaf.shape), leaf.dtype), upload)
 
     return make
+
+
+def random(tree):
+    """Random numbers for shapes, in norm much larger than CLIP_NORM."""
+    rng = np.random.default_rng(0)
+    return tree_map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), tree)
 
 
 def norms(stacked):
@@ -42,10 +43,10 @@ def norms(stacked):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_deltas_are_clipped_once_for_every_method(name, spec_of, arrived, examples, monkeypatch):
+def test_deltas_are_clipped_once_for_every_method(name, spec_of, shapes, examples, monkeypatch):
     """Whatever its update does with them: it gets them clipped, and its mean does not clip anything again."""
     spec = spec_of(name, settings=Settings(clip_norm=CLIP_NORM))
-    server, upload, uploads = arrived(spec)
+    server, upload, uploads = shapes(spec)
     clipped, seen = [], []
 
     def spy(stacked, clip_norm):
@@ -68,16 +69,17 @@ def test_deltas_are_clipped_once_for_every_method(name, spec_of, arrived, exampl
     assert jax.tree.structure(context.uploads) == jax.tree.structure(uploads) and context.num_clients == N
 
 
-def test_only_deltas_are_clipped(spec_of, arrived, examples):
+def test_only_deltas_are_clipped(spec_of, shapes, examples):
     """Each client's as a whole. SCAFFOLD's controls, which are uploaded next to them, are averaged as they are."""
     spec = spec_of("scaffold", settings=Settings(clip_norm=CLIP_NORM))
-    server, upload, uploads = arrived(spec)
+    server, upload, uploads = shapes(spec)
+    server, uploads = random(server), random(uploads)
     after = jax.jit(partial(aggregate, spec, N))(upload, server, uploads, examples)
     factor = CLIP_NORM / np.asarray(norms(uploads.delta))
     assert (factor < 0.1).all()
     weights = examples / examples.sum()
     moved = tree_map(lambda leaf: np.tensordot(weights * factor, leaf, 1), uploads.delta)
-    control = tree_map(lambda leaf: leaf.mean(0), uploads.extra["control"])
+    control = tree_map(lambda c, leaf: c + leaf.mean(0), server.extra["control"], uploads.extra["control"])
     tree_map(
         partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.shared, optax.tree.add(server.shared, moved)
     )
@@ -85,9 +87,9 @@ def test_only_deltas_are_clipped(spec_of, arrived, examples):
 
 
 @pytest.mark.parametrize("aggregation", RULES)
-def test_a_method_that_shares_nothing_has_nothing_to_clip_or_combine(aggregation, spec_of, arrived, examples):
+def test_a_method_that_shares_nothing_has_nothing_to_clip_or_combine(aggregation, spec_of, shapes, examples):
     spec = spec_of("local", settings=Settings(aggregation=aggregation, clip_norm=1.0))
-    server, upload, uploads = arrived(spec)
+    server, upload, uploads = shapes(spec)
     assert_equal(aggregate(spec, N, upload, server, uploads, examples), server)
     nested = Upload({"layers": {}})
     assert_equal(

@@ -14,6 +14,7 @@ from flex_jax.data.batches import Batch
 from flex_jax.errors import InputError
 from flex_jax.evaluation.loss import evaluation_loss
 from flex_jax.federated.client import ClientModels, OptimizerSettings, client_variables
+from flex_jax.federated.compression import tree_bytes
 from flex_jax.federated.federated_round import make_round
 from flex_jax.federated.init import start
 from flex_jax.federated.method import ClientRule, Method, MethodSpec, ServerRule
@@ -109,7 +110,7 @@ def test_the_aggregated_model_is_composed_without_a_client(composing, prepared):
 
 
 @pytest.mark.parametrize("visibility", ["server", "broadcast", "replicated"])
-def test_who_sees_the_servers_extra_state(visibility, composing, prepared):
+def test_who_sees_the_servers_extra_state(visibility, composing, abstract):
     """Broadcast state is downloaded, so it counts as bytes; replicated state is not; other clients see none of it."""
     spec, _ = composing
     contexts = []
@@ -124,14 +125,14 @@ def test_who_sees_the_servers_extra_state(visibility, composing, prepared):
         compose=lambda adapters, client_extra, replicated: adapters["shared"],
     )
     spec = spec._replace(method=method)
-    frozen, state = prepared(spec)
+    frozen, state = abstract(spec)
     contexts.clear()
     round_fn = make_round(spec, num_clients=N, optimizer=OPTIMIZER)
     batch = Batch(np.zeros((N, 1, 1, 4), np.int32), np.ones((N, 1, 1, 4), np.float32))
     _, metrics = jax.eval_shape(round_fn, frozen, state, batch, np.arange(N), np.ones(N, np.float32))
     seen = {"server": ({}, {}), "broadcast": ({"shift"}, {}), "replicated": ({}, {"shift"})}[visibility]
     assert all((set(c.download.extra), set(c.replicated)) == tuple(map(set, seen)) for c in contexts) and contexts
-    shared = sum(leaf.nbytes for leaf in jax.tree.leaves(state.server.shared))
+    shared = tree_bytes(state.server.shared)
     assert metrics["clients"]["download_bytes"].fixed == shared + (4 if visibility == "broadcast" else 0)
 
 
