@@ -22,7 +22,7 @@ from flex_jax.federated.cost_model import Plan, StepShape, plan
 from flex_jax.federated.federated_round import CompiledRound, make_round
 from flex_jax.federated.init import Start, start
 from flex_jax.federated.method import MethodSpec, Settings
-from flex_jax.methods import METHODS, Method, make_method, user_error, user_frame
+from flex_jax.methods import METHODS, Method, check_hparams, make_method, user_error, user_frame
 from flex_jax.models.adapters import AdapterConfig
 from flex_jax.models.checkpoint import find_checkpoint, load_pretrained, read_model_config
 from flex_jax.models.config import LoraConfig, SlotConfig
@@ -122,17 +122,18 @@ def resolve_method(config: ConfigDict, name: str) -> ResolvedMethod:
 
 def check_hparam_names(config: ConfigDict) -> None:
     """Raises InputError for config.hparams that no run can use, so that none is ignored by mistake."""
-    variants = {name: entry.get("method", name) for name, entry in config.overrides.items()}
+    variants = {name: entry.get("method", name).rpartition(":")[2] for name, entry in config.overrides.items()}
     for name in config.hparams:
         shadowed = [run for run in config.methods if run != name and variants.get(run) == name]
         if name not in config.methods and shadowed:
             raise InputError(
-                f"config.hparams.{name}: no run has this name; the hyperparameters of its variant are "
-                f"config.hparams.{shadowed[0]}"
+                f"config.hparams.{name}: no run has this name; its variant has config.hparams.{shadowed[0]}"
             )
         if name not in (*config.methods, *METHODS, *variants):
             nearest = nearest_key(name, (*config.methods, *METHODS))
             raise InputError(f"config.hparams.{name} names no method of this run: the nearest is {nearest}")
+        if name in METHODS and name not in config.methods:
+            check_hparams(METHODS[name], config.hparams[name].to_dict(), f"config.hparams.{name}")
 
 
 def build_spec(config: ConfigDict, backbone: Backbone, method: Method) -> MethodSpec:

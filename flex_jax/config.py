@@ -220,7 +220,8 @@ def name_methods(config: ConfigDict) -> None:
             if not name.isidentifier():
                 raise InputError(f"config.method is {method!r}: must be a method's name or path/to/file.py:name")
             if config.overrides.get(name, {}).get("method", method) != method:
-                raise InputError(f"config.overrides.{name}.method is another method than {method}: rename one")
+                other = config.overrides[name].method
+                raise InputError(f"config.methods has two methods called {name}, {other} and {method}: rename one")
             config.overrides.update({name: {"method": method}})
         names.append(name)
     config.methods, config.method = tuple(names), ""

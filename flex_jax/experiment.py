@@ -96,7 +96,7 @@ def record_failure(workdir: Path, method: PreparedMethod, seed: int, error: Exce
     file = failure_file(workdir, method.name, seed)
     file.parent.mkdir(exist_ok=True)
     write_text(file, "".join(traceback.format_exception(error)))
-    frame = user_frame(method.config.method, error)
+    frame = "" if isinstance(error, InputError) else user_frame(method.config.method, error)
     line = f"{frame}: " if frame else ""
     line += f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     print(f"flex_jax: {method.name} seed {seed} failed: {line}", file=sys.stderr)

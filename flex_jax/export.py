@@ -79,6 +79,7 @@ def export(arguments: list[str]) -> None:
     import jax  # after parsing, because importing JAX takes seconds
 
     from flex_jax.building import checkpoint_name
+    from flex_jax.methods import user_error, user_frame
     from flex_jax.models.adapters import LORA
     from flex_jax.models.checkpoint import find_checkpoint
     from flex_jax.models.export.peft import has_adapter, save_adapter
@@ -108,7 +109,12 @@ def export(arguments: list[str]) -> None:
             base_name = str(local.resolve()) if local.exists() else name
             save_adapter(directory, model.config, adapters, model.adapters.lora, base_name)
         else:
-            save_transformers(directory, base, model, variables)
+            try:
+                save_transformers(directory, base, model, variables)
+            except Exception as error:  # a method's own `merge` is the user's program, which may raise anything
+                if projection is LORA or not user_frame(run.config.method, error):
+                    raise
+                raise user_error(run.config.method, error) from error
     how = how_to_load(options.format, options.out, family, slot=slot)
     print(f"wrote {options.out} ({options.format}, {run.name}, client {options.client}): load it with {how}")
 

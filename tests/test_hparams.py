@@ -63,7 +63,7 @@ def test_a_wrong_hyperparameter_is_refused_before_anything_is_loaded(flags, tmp_
 
 def test_hyperparameters_of_a_method_that_runs_as_a_variant_only_are_refused(tmp_path):
     config = config_of("methods=far", "overrides.far.method=fedprox", "hparams.fedprox.mu=0.5", "model.path=nowhere")
-    with pytest.raises(InputError, match=r"hparams.fedprox: no run has this name; .* are config.hparams.far$"):
+    with pytest.raises(InputError, match=r"hparams.fedprox: no run has this name; its variant has config.hparams.far$"):
         run(config, tmp_path / "run")
 
 

@@ -10,7 +10,7 @@ import optax
 from flex_jax.data.batches import Batch
 from flex_jax.federated.cohort_sharding import sum_gradients_over, sum_over
 from flex_jax.federated.compression import compress
-from flex_jax.federated.method import ClientContext, Download, Loss, MethodSpec, ServerRule, Upload
+from flex_jax.federated.method import ClientContext, Download, Loss, MethodSpec, Upload
 from flex_jax.federated.ownership import merge
 from flex_jax.federated.state import ClientState, ClientUpdate, Frozen, ServerState
 from flex_jax.models.objective import response_loss
@@ -49,18 +49,14 @@ class ClientModels:
         return client_variables(self.spec, self.frozen, self.server, client)
 
 
-def visible_extra(rule: ServerRule, server: ServerState, visibility: str) -> dict:
-    return server.extra if rule.extra_visibility == visibility else {}
-
-
 def client_context(
     spec: MethodSpec, server: ServerState, client: ClientState, round, learning_rate, num_steps: int
 ) -> ClientContext:
     """Returns what one client has at the start of a round. Evaluation and shapes call it with a dummy round."""
-    rule = spec.method.server
-    download = Download(server.shared, visible_extra(rule, server, "broadcast"))
-    replicated_extra = visible_extra(rule, server, "replicated")
-    context = ClientContext(download, replicated_extra, client, round, learning_rate, num_steps)
+    visibility = spec.method.server.extra_visibility
+    download = Download(server.shared, server.extra if visibility == "broadcast" else {})
+    replicated = server.extra if visibility == "replicated" else {}
+    context = ClientContext(download, replicated, client, round, learning_rate, num_steps)
     return context._replace(download=spec.method.client.select_download(context))
 
 

@@ -87,6 +87,10 @@ def _make(name: str, hparams: tuple[tuple[str, Any], ...]) -> Method:
         raise user_error(name, error) from error
     if not isinstance(method, Method):
         raise InputError(f"method {name!r}: the function must return a Method, not {type(method).__name__}")
+    for part, field in ((method, "grafts"), (method.server, "extra_visibility")):
+        allowed, value = typing.get_args(type(part).__annotations__[field]), getattr(part, field)
+        if value not in allowed:
+            raise InputError(f"method {name!r}: {field} is {value!r}: must be one of {', '.join(allowed)}")
     return method
 
 

@@ -117,6 +117,20 @@ def test_a_mistake_in_ones_own_function_names_its_line(own_file):
         assert message.endswith(f"{attribute} in {own_file} must be a function that returns a Method")
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("grafts='clients'", "grafts is 'clients': must be one of none, client, all"),
+        ("server=ServerRule(extra_visibility='all')", "extra_visibility is 'all': must be one of server, broadcast"),
+    ],
+)
+def test_a_misspelt_choice_of_a_method_is_refused(field, words, tmp_path):
+    file = tmp_path / "mine.py"
+    head = "from flex_jax.federated.method import Method, ServerRule\n\ndef mine():\n"
+    file.write_text(f"{head}    return Method(ownership=(('.*', 'shared'),), {field})\n")
+    assert words in error_of(f"{file}:mine", {})
+
+
 def test_equal_hyperparameters_give_the_same_method(own_file):
     """The same object, in any order of the names."""
     for name, hparams in (("fedadam", {"eta": 1.0, "tau": 0.5}), (f"{own_file}:mine", {"size": 3, "rate": 2.0})):

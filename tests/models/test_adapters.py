@@ -146,6 +146,25 @@ def test_an_adapter_that_cannot_be_merged_is_refused_by_its_place(model_config, 
     assert merge_adapters(params, {}, SCALE_AND_SHIFT).keys() == params.keys()
 
 
+@pytest.mark.parametrize("name", ["v_proj", "o_proj"])
+def test_a_merge_that_is_not_what_the_model_applies_is_refused(name, model_config, params):
+    """A scale on the output also scales the bias, which v_proj has and o_proj has not."""
+    scale = ProjectionAdapter(
+        lambda leaves, lora, x, y, dropout: y * leaves["scale"],
+        lambda leaves, lora, kernel: kernel * leaves["scale"][:, None, :],
+    )
+    outputs = params["layers"]["attention"][name]["kernel"].shape[-1]
+    leaves = {"scale": jnp.linspace(0.5, 2.0, model_config.num_layers * outputs).reshape(-1, outputs)}
+    adapters = {"layers": {"attention": {name: leaves}}}
+    if name == "v_proj":
+        with pytest.raises(ValueError, match="merge of layers/attention/v_proj does not give the output of apply"):
+            merge_adapters(params, adapters, AdapterConfig(projection=scale))
+    else:
+        merged = merge_adapters(params, adapters, AdapterConfig(projection=scale))["layers"]["attention"][name]
+        expected = params["layers"]["attention"][name]["kernel"] * leaves["scale"][:, None, :]
+        np.testing.assert_array_equal(merged["kernel"], expected)
+
+
 def test_models_with_the_same_adapters_are_compiled_once(model_config):
     first, again = (Decoder(model_config, AdapterConfig(projection=ProjectionAdapter(scale_and_shift))) for _ in "ab")
     assert hash(first) == hash(again) and first == again and first != Decoder(model_config, AdapterConfig())

@@ -39,12 +39,20 @@ def merge_adapters(frozen: dict, adapters: dict, adapter_config: AdapterConfig) 
         kernel_path = (*path[:-1], "kernel")
         if kernel_path in merged:
             leaves.setdefault(kernel_path, {})[path[-1]] = leaf
-    merge = adapter_config.projection.merge
+    apply, merge = adapter_config.projection
     for path in leaves:
         if merge is None:
             raise ValueError(f"the adapter of {'/'.join(path[:-1])} cannot be merged into plain weights")
-        kernel = dequantise(merged[path])
-        merged[path] = merge(leaves[path], adapter_config.lora, kernel.astype(jnp.float32)).astype(kernel.dtype)
+        kernel = dequantise(merged[path], jnp.float32)
+        new = merge(leaves[path], adapter_config.lora, kernel)
+        bias = merged.get((*path[:-1], "bias"), jnp.zeros(new.shape[::2]))
+        # A method may merge something else than it applies, for instance forget that its y includes the bias.
+        x = jax.random.normal(jax.random.key(0), (8, kernel.shape[1]))
+        first = {name: leaf[0] for name, leaf in leaves[path].items()}
+        wanted = apply(first, adapter_config.lora, x, x @ kernel[0] + bias[0], lambda x: x)
+        if not jnp.allclose(x @ new[0] + bias[0], wanted, 1e-3, 1e-3 * jnp.abs(wanted).max()):
+            raise ValueError(f"merge of {'/'.join(path[:-1])} does not give the output of apply, whose y has the bias")
+        merged[path] = new.astype(dequantise(merged[path]).dtype)
     return unflatten_dict(merged)
 
 
