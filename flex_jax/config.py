@@ -176,41 +176,38 @@ def validate_keys(config: ConfigDict) -> None:
 def find_key(key: str) -> Key:
     """Returns the schema's line for a dotted key, which may be `overrides.METHOD.KEY` or `hparams.METHOD.NAME`.
 
-    Raises:
-        InputError: the config has no such key; the message names the nearest one.
+    Raises InputError that names the nearest key, if the config has no such key.
     """
     if re.fullmatch(r"hparams\.[^\W\d]\w*\.[^\W\d]\w*", key):
         return HPARAM
     match = re.fullmatch(r"(overrides\.[^\W\d]\w*\.)?(.*)", key, re.DOTALL)
     prefix, target = match.groups(default="") if match else ("", key)
-    known = OVERRIDABLE if prefix else SCHEMA
-    if target in known:
-        return known[target]
+    keys = OVERRIDABLE if prefix else SCHEMA
+    if target in keys:
+        return keys[target]
     if target.split(".")[0] == "hparams":
         raise InputError(f"config.{key}: must be config.hparams.METHOD.NAME, such as config.hparams.fedprox.mu")
     if target in (*SECTIONS, *OPEN_SECTIONS):
         raise InputError(f"config.{key} is a section: its keys are set one by one")
     reason = "is common to all methods" if target in SCHEMA else "is unknown"
-    raise InputError(f"config.{key} {reason}: the nearest known key is config.{prefix}{nearest_key(target, known)}")
+    raise InputError(f"config.{key} {reason}: the nearest key is config.{prefix}{nearest_key(target, keys)}")
 
 
-def nearest_key(key: str, known: Iterable[str] = SCHEMA) -> str:
-    """Returns the known key most similar to `key`, as a whole and in its last part (`rank` -> `lora.rank`)."""
+def nearest_key(key: str, keys: Iterable[str] = SCHEMA) -> str:
+    """Returns the one of `keys` most similar to `key`, as a whole and in its last part (`rank` -> `lora.rank`)."""
 
     def similarity(candidate: str) -> float:
         pairs = (key, candidate), (key.split(".")[-1], candidate.split(".")[-1])
         return sum(SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return max(known, key=similarity)
+    return max(keys, key=similarity)
 
 
 def name_methods(config: ConfigDict) -> None:
     """Gives every method a name that results, `overrides` and `hparams` use.
 
     path/to/file.py:name becomes a variant called `name`, and config.method, if set, the only one of config.methods.
-
-    Raises:
-        InputError: two methods would have the same name.
+    Raises InputError if two methods would have the same name.
     """
     given = (config.method,) if config.method else config.methods
     names = []

@@ -18,7 +18,7 @@ from flex_jax.building import (
     prepare_method,
     resolve_method,
 )
-from flex_jax.config import name_methods
+from flex_jax.config import name_methods, validate
 from flex_jax.data.sources import load_records
 from flex_jax.errors import FailedRuns, InputError
 from flex_jax.federated.cohort import read_availability
@@ -46,6 +46,7 @@ def run(config: ConfigDict, workdir: Path) -> Results:
     """
     config = config.copy_and_resolve_references()
     name_methods(config)
+    validate(config)
     check_hparam_names(config)
     resolved = [resolve_method(config, name) for name in config.methods]
     if config.availability:

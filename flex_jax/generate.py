@@ -135,10 +135,7 @@ def asked_clients(questions: list, default: str | None, names: list[str]) -> lis
 
 
 def group_clients(run, asked: list[int | None]) -> list[tuple[list[int | None], Any]]:
-    """Returns those who answer in the same batches, with their models: all clients, and the shared model separately.
-
-    The shared model has adapters of another structure.
-    """
+    """Returns those who answer together, with their models: all clients, and the shared model, whose tree differs."""
     clients = sorted(client for client in set(asked) if client is not None)
     groups: list[tuple[list[int | None], Any]] = [([*clients], run.models(clients))] if clients else []
     return [*groups, ([None], run.shared_model())] if None in asked else groups

@@ -37,12 +37,12 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="Python file with a get_config()")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="where results go; default runs/<name of FILE>")
-    known, rest = parser.parse_known_args(arguments)
-    config = load(known.config)
+    options, rest = parser.parse_known_args(arguments)
+    config = load(options.config)
     override(config, rest)
     name_methods(config)
     validate(config)
-    workdir = known.workdir or Path("runs") / Path(known.config).stem
+    workdir = options.workdir or Path("runs") / Path(options.config).stem
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir {workdir}: is a file, must be a directory or not exist yet")
     return config, workdir

@@ -33,11 +33,7 @@ class RestoredRun(NamedTuple):
     clients: ClientStore
 
     def models(self, client_ids: list[int]) -> ClientModels:
-        """Returns the models of some clients.
-
-        Raises:
-            InputError: the run is damaged, or a client has not trained yet and its grafted experts are unknown.
-        """
+        """Returns the models of some clients. Raises InputError for one whose grafted experts are not stored yet."""
         untrained = [client for client in client_ids if not self.clients.newest[client]]
         if untrained and self.spec.method.grafts != "none":
             raise InputError(
@@ -56,14 +52,13 @@ class RestoredRun(NamedTuple):
 def open_run(workdir: Path, method: str | None = None, seed: int | None = None) -> RestoredRun:
     """Reads the run of `method` and `seed` in a work directory, by default the first of each in its config.
 
-    Raises:
-        InputError: there is no such run, or it is damaged.
+    Raises InputError if there is no such run, or if it is damaged.
     """
     config = read_config(workdir)
     config.mesh.update(clients=1, fsdp=1, expert=1)  # a run on many devices is read back on one
-    for flag, value, known in (("--method", method, config.methods), ("--seed", seed, config.seeds)):
-        if value is not None and value not in known:
-            raise InputError(f"{flag} {value}: the run in {workdir} has {', '.join(map(str, known))}")
+    for flag, value, choices in (("--method", method, config.methods), ("--seed", seed, config.seeds)):
+        if value is not None and value not in choices:
+            raise InputError(f"{flag} {value}: the run in {workdir} has {', '.join(map(str, choices))}")
     method, seed = method or str(config.methods[0]), int(config.seeds[0] if seed is None else seed)
     name = f"{method}-seed{seed}"
     directory = workdir / "checkpoints" / name
@@ -108,11 +103,7 @@ def _lists_to_tuples(values: dict) -> dict:
 
 
 def client_names(workdir: Path) -> list[str]:
-    """Returns the names of the clients by id; they are empty until a method has finished with one seed.
-
-    Raises:
-        InputError: as `read_config` and `read_results`.
-    """
+    """Returns the names of the clients by id; they are empty until a method has finished with one seed."""
     num_clients = read_config(workdir).clients
     results = read_results(workdir)
     if results is None or not results["runs"]:
@@ -124,16 +115,12 @@ def client_names(workdir: Path) -> list[str]:
 
 
 def parse_client(text: str, names: list[str]) -> int | None:
-    """Returns the id of the client with that id or name, or None for the word "shared".
-
-    Raises:
-        InputError: it is neither, or the name of several clients.
-    """
+    """Returns the id of the client with that id or unique name, or None for "shared". Raises InputError if neither."""
     if text == SHARED:
         return None
     if text.isdecimal() and int(text) < len(names):
         return int(text)
     if text and names.count(text) == 1:
         return names.index(text)
-    known = ", ".join(f"{client} ({name})" if name else str(client) for client, name in enumerate(names))
-    raise InputError(f"client {text!r}: must be {SHARED} or one of {known}")
+    choices = ", ".join(f"{client} ({name})" if name else str(client) for client, name in enumerate(names))
+    raise InputError(f"client {text!r}: must be {SHARED} or one of {choices}")

@@ -163,7 +163,7 @@ def test_a_missing_key_is_named(key):
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(key, nearest):
-    with pytest.raises(InputError, match=rf"config\.{key} is unknown: the nearest known key is config\.{nearest}$"):
+    with pytest.raises(InputError, match=rf"config\.{key} is unknown: the nearest key is config\.{nearest}$"):
         validate(changed(key, 1))
 
 
@@ -206,10 +206,7 @@ def test_hyperparameters_reach_only_their_method():
     [
         ({"lora": {"rank": 0}}, r"config\.overrides\.flex\.lora\.rank is 0: must be an integer of at least 1"),
         ({"lora": {"rank": "big"}}, r"config\.overrides\.flex\.lora\.rank is 'big'"),
-        (
-            {"optimizer": {"lerning_rate": 1e-3}},
-            r"nearest known key is config\.overrides\.flex\.optimizer\.learning_rate",
-        ),
+        ({"optimizer": {"lerning_rate": 1e-3}}, r"nearest key is config\.overrides\.flex\.optimizer\.learning_rate"),
         ({"data": {"alpha": 1.0}}, r"config\.overrides\.flex\.data\.alpha is common to all methods"),
         ({"optimizer": {"learning_rate": 1e-7}}, r"final_learning_rate is 1e-06 with config\.overrides\.flex"),
     ],

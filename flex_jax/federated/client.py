@@ -49,22 +49,26 @@ class ClientModels:
         return client_variables(self.spec, self.frozen, self.server, client)
 
 
+def from_server(spec: MethodSpec, server: ServerState, client: ClientState) -> tuple[Download, dict]:
+    """Returns what one client downloads, and the server's state that it has from earlier downloads."""
+    visibility = spec.method.server.extra_visibility
+    offered = Download(server.shared, server.extra if visibility == "broadcast" else {})
+    replicated = server.extra if visibility == "replicated" else {}
+    return spec.method.client.select_download(offered, client), replicated
+
+
 def client_context(
     spec: MethodSpec, server: ServerState, client: ClientState, round, learning_rate, num_steps: int
 ) -> ClientContext:
-    """Returns what one client has at the start of a round. Evaluation and shapes call it with a dummy round."""
-    visibility = spec.method.server.extra_visibility
-    download = Download(server.shared, server.extra if visibility == "broadcast" else {})
-    replicated = server.extra if visibility == "replicated" else {}
-    context = ClientContext(download, replicated, client, round, learning_rate, num_steps)
-    return context._replace(download=spec.method.client.select_download(context))
+    """Returns what one client has at the start of a round."""
+    download, replicated = from_server(spec, server, client)
+    return ClientContext(download, replicated, client, round, learning_rate, num_steps)
 
 
 def client_variables(spec: MethodSpec, frozen: Frozen, server: ServerState, client: ClientState) -> dict:
     """Returns the Flax collections of one client's model."""
-    context = client_context(spec, server, client, 0, 1.0, 1)
-    tree = merge(frozen.adapters, context.download.shared, client.personal)
-    adapters = spec.method.compose(tree, client.extra, context.replicated)
+    download, replicated = from_server(spec, server, client)
+    adapters = spec.method.compose(merge(frozen.adapters, download.shared, client.personal), client.extra, replicated)
     return {"params": frozen.params, "adapters": adapters, "grafts": client.grafts}
 
 
@@ -72,7 +76,7 @@ def exchanged(spec: MethodSpec, server: ServerState, client: ClientState) -> tup
     """Returns the upload, before compression, and the download of one client, as shapes."""
 
     def one(server, client):
-        context = client_context(spec, server, client, 0, 1.0, 1)
+        context = client_context(spec, server, client, 0, 1.0, 1)  # shapes are the same in every round
         trained = spec.method.client.init_trained(context, lambda tree: jnp.float32(0.0))
         return spec.method.client.make_result(context, trained).upload, context.download
 

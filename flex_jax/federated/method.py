@@ -2,7 +2,7 @@
 
 A method is plain data and pure functions, so that it reads like its paper. Every default is FedAvg's. JAX traces all
 functions but `check`. Those of a client are written for one client and run under `vmap` over the cohort. Those of a
-round run in one jit; `select_download` and `compose` also serve evaluation and export, with a dummy round.
+round run in one jit; `select_download` and `compose` also serve evaluation and export.
 """
 
 from collections.abc import Callable
@@ -96,6 +96,12 @@ class InitClientExtra(Protocol):
     def __call__(self, shared: dict, client_id: jax.Array, /) -> dict: ...
 
 
+class SelectDownload(Protocol):
+    """(what the server offers, the client's state) -> what the client downloads; evaluation uses the same."""
+
+    def __call__(self, offered: Download, client: ClientState, /) -> Download: ...
+
+
 class InitTrained(Protocol):
     """(context, loss on the first batch) -> the trees that the client trains, at their first step."""
 
@@ -185,11 +191,11 @@ def wire_bytes(context: ClientContext, upload: Upload) -> tuple[ByteCount, ByteC
 class ClientRule(NamedTuple):
     """How a client trains. `init_extra` makes its first state; the others run in each round, `optimizer` first.
 
-    `select_download` also sees the aggregated model, whose `context.state.extra` is empty.
+    For the aggregated model, `select_download` gets an empty client state.
     """
 
     init_extra: InitClientExtra = lambda shared, client_id: {}
-    select_download: Callable[[ClientContext], Download] = lambda context: context.download
+    select_download: SelectDownload = lambda offered, client: offered
     init_trained: InitTrained = init_trained
     objective: Objective = objective
     optimizer: Optimizer = optimizer
@@ -205,7 +211,7 @@ class ServerRule(NamedTuple):
     """How the server updates.
 
     extra_visibility says who sees the server's extra state: the "server" alone; the clients of the cohort, which
-    download it each round ("broadcast"); or all clients, as if known from earlier downloads, uncounted ("replicated").
+    download it each round ("broadcast"); or all clients, as if from earlier downloads, uncounted ("replicated").
     """
 
     init_extra: InitServerExtra = lambda shared, key: {}

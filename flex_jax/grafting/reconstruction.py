@@ -17,9 +17,9 @@ from flex_jax.ops.quantised import dequantise
 
 
 def squared_errors(seen: Observation, grafts: dict) -> jax.Array:
-    """Probe: returns ||M_{selected + e}(x) - M(x)||^2 per token for each candidate e, [B, S, E] float32.
+    """Probe: returns ||R_{selected + e}(x) - R(x)||^2 per token for each candidate e, [B, S, E] float32.
 
-    M(x) is the layer's routed output. The router's softmax is restricted to e and the selected experts: M_{selected +
+    R(x) is the layer's routed output. The router's softmax is restricted to e and the selected experts: R_{selected +
     e} = w E_e + (1 - w) M_selected, with w = sigmoid(logit_e - logsumexp(logits_selected)), or 1 if none is selected.
     Candidates are computed one at a time, so that memory does not grow with E.
     """
@@ -62,15 +62,15 @@ def probe_tokens(model: Decoder, probe: Probe, frozen: dict, tokens, attention_m
 
 @partial(jax.jit, static_argnums=0)
 def batch_losses(model: Decoder, frozen: dict, tokens, attention_mask, selected=None) -> jax.Array:
-    """Returns the sum over sequences of one batch [B, S] of || M_{selected + e}(X) - M(X) ||_F, [L, E] float32."""
+    """Returns the sum over sequences of one batch [B, S] of || R_{selected + e}(X) - R(X) ||_F, [L, E] float32."""
     errors = probe_tokens(model, squared_errors, frozen, tokens, attention_mask, selected)
     return jnp.sqrt(errors.sum(2)).sum(1)
 
 
 def reconstruction_losses(model: Decoder, frozen: dict, batches: Iterable) -> np.ndarray:
-    """Returns the sum over sequences of || E_e(X) - M(X) ||_F for every layer and expert, [L, E] float64.
+    """Returns the sum over sequences of || E_e(X) - R(X) ||_F for every layer and expert, [L, E] float64.
 
-    X is the input of the MoE layer in the unchanged model, and M(X) its routed output, both over the real positions of
+    X is the input of the MoE layer in the unchanged model, and R(X) its routed output, both over the real positions of
     one sequence. Batches are a stream of pairs (input_ids [B, S], attention_mask [B, S]).
     """
     total = np.zeros((model.config.num_moe_layers, model.config.num_experts))

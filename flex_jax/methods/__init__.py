@@ -105,8 +105,8 @@ def check_hparams(factory: MethodFactory, hparams: Mapping[str, Any], place: str
     }
     for name, value in hparams.items():
         if name not in parameters:
-            known = f"has {', '.join(parameters)}" if parameters else "has no hyperparameters"
-            raise InputError(f"{place}.{name} is unknown: the method {known}")
+            has = ", ".join(parameters) or "no hyperparameters"
+            raise InputError(f"{place}.{name} is unknown: the method has {has}")
         for check in (_check_of(parameters[name].annotation), HYPERPARAMETER):
             if not check.accepts(value):
                 raise InputError(f"{place}.{name} is {value!r}: must be {check.allowed}")

@@ -18,6 +18,7 @@ from flex_jax.federated.method import (
     ClientContext,
     ClientResult,
     ClientRule,
+    Download,
     ServerContext,
     ServerRule,
     Settings,
@@ -25,7 +26,7 @@ from flex_jax.federated.method import (
     Upload,
     delta,
 )
-from flex_jax.federated.state import ServerState
+from flex_jax.federated.state import ClientState, ServerState
 from flex_jax.models.decoder import Decoder
 
 
@@ -44,7 +45,7 @@ def mean_of_each_expert(stacked: jax.Array, expert_index: jax.Array, weights: ja
 
 
 def expert_subset_rules(
-    tables: str, expert_index_of: Callable[[ClientContext], jax.Array]
+    tables: str, expert_index_of: Callable[[ClientState], jax.Array]
 ) -> tuple[ClientRule, ServerRule]:
     """Returns the rules of a method whose leaves are tables if their whole path matches the expression `tables`.
 
@@ -60,16 +61,16 @@ def expert_subset_rules(
 
         return jax.tree_util.tree_map_with_path(either, *trees)
 
-    def select_download(context: ClientContext):
-        index = expert_index_of(context)
+    def select_download(offered: Download, client: ClientState) -> Download:
+        index = expert_index_of(client)
 
         def select(table):
             return jax.vmap(partial(jnp.take, axis=0))(table, jnp.broadcast_to(index, (len(table), index.shape[-1])))
 
-        return context.download._replace(shared=map_leaves(select, lambda leaf: leaf, context.download.shared))
+        return offered._replace(shared=map_leaves(select, lambda leaf: leaf, offered.shared))
 
     def make_result(context: ClientContext, trained: Trained) -> ClientResult:
-        upload = Upload(delta(context, trained), {"expert_index": expert_index_of(context)})
+        upload = Upload(delta(context, trained), {"expert_index": expert_index_of(context.state)})
         return ClientResult(upload, trained.personal, context.state.extra)
 
     def update(server: ServerState, context: ServerContext) -> ServerState:

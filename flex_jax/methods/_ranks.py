@@ -20,6 +20,7 @@ from flex_jax.federated.method import (
     Upload,
     delta,
 )
+from flex_jax.federated.state import ClientState
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.lora import is_pair, map_pairs
 
@@ -38,10 +39,9 @@ def truncate(tree: dict, rank) -> dict:
     return map_pairs(cut, tree)
 
 
-def select_download(context: ClientContext) -> Download:
+def select_download(offered: Download, client: ClientState) -> Download:
     """A client downloads its rank's part of the shared pairs. The aggregated model, which has no rank, has them all."""
-    download, extra = context.download, context.state.extra
-    return download._replace(shared=truncate(download.shared, extra["rank"])) if extra else download
+    return offered._replace(shared=truncate(offered.shared, client.extra["rank"])) if client.extra else offered
 
 
 def make_result(context: ClientContext, trained: Trained) -> ClientResult:

@@ -65,7 +65,7 @@ def fedamole(num_experts: Count = 4, client_experts: Count = 2) -> Method:
     def init_extra(shared: dict, client_id) -> dict:
         return {"expert_index": (client_id + jnp.arange(client_experts, dtype=jnp.int32)) % num_experts}
 
-    client, server = expert_subset_rules(r".*/experts_[ab]", lambda context: context.state.extra["expert_index"])
+    client, server = expert_subset_rules(r".*/experts_[ab]", lambda client: client.extra["expert_index"])
     return Method(
         ownership=((r".*", "shared"),),
         client=client._replace(init_extra=init_extra),

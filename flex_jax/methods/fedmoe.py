@@ -17,7 +17,7 @@ from flex_jax.methods._expert_subsets import check_mean, expert_subset_rules
 def fedmoe() -> Method:
     """Shares everything; each client downloads, trains and uploads only its experts."""
     client, server = expert_subset_rules(
-        r"layers/moe/slot/.*", lambda context: context.state.grafts["layers"]["moe"]["slot"]["expert_index"]
+        r"layers/moe/slot/.*", lambda client: client.grafts["layers"]["moe"]["slot"]["expert_index"]
     )
     return Method(
         ownership=((r".*", "shared"),),

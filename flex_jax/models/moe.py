@@ -18,7 +18,7 @@ class Observation(NamedTuple):
     """What a probe sees of one MoE layer."""
 
     x: jax.Array  # [B, S, D] input of the layer
-    routed: jax.Array  # [B, S, D] its routed output M(x), without shared expert and slot
+    routed: jax.Array  # [B, S, D] its routed output R(x), without shared expert and slot
     router_logits: jax.Array  # [B, S, E] float32
     expert_index: jax.Array  # [B, S, K] int32: the experts of each token
     weights: ExpertWeights  # the layer's frozen experts

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flex_jax.models.adapters import AdapterConfig
+from flex_jax.models.adapters import LORA, AdapterConfig
 from flex_jax.models.checkpoint import read_json, save_pretrained
 from flex_jax.models.config import ModelConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
@@ -39,21 +39,27 @@ def merge_adapters(frozen: dict, adapters: dict, adapter_config: AdapterConfig) 
         kernel_path = (*path[:-1], "kernel")
         if kernel_path in merged:
             leaves.setdefault(kernel_path, {})[path[-1]] = leaf
-    apply, merge = adapter_config.projection
+    merge = adapter_config.projection.merge
     for path in leaves:
         if merge is None:
             raise ValueError(f"the adapter of {'/'.join(path[:-1])} cannot be merged into plain weights")
-        kernel = dequantise(merged[path], jnp.float32)
-        new = merge(leaves[path], adapter_config.lora, kernel)
+        kernel = dequantise(merged[path])
+        new = merge(leaves[path], adapter_config.lora, kernel.astype(jnp.float32))
         bias = merged.get((*path[:-1], "bias"), jnp.zeros(new.shape[::2]))
-        # A method may merge something else than it applies, for instance forget that its y includes the bias.
-        x = jax.random.normal(jax.random.key(0), (8, kernel.shape[1]))
-        first = {name: leaf[0] for name, leaf in leaves[path].items()}
-        wanted = apply(first, adapter_config.lora, x, x @ kernel[0] + bias[0], lambda x: x)
-        if not jnp.allclose(x @ new[0] + bias[0], wanted, 1e-3, 1e-3 * jnp.abs(wanted).max()):
-            raise ValueError(f"merge of {'/'.join(path[:-1])} does not give the output of apply, whose y has the bias")
-        merged[path] = new.astype(dequantise(merged[path]).dtype)
+        if adapter_config.projection is not LORA:
+            check_merge(adapter_config, leaves[path], "/".join(path[:-1]), kernel, (new, bias))
+        merged[path] = new.astype(kernel.dtype)
     return unflatten_dict(merged)
+
+
+@jax.default_matmul_precision("highest")
+def check_merge(adapters: AdapterConfig, leaves: dict, place: str, kernel: jax.Array, merged: tuple) -> None:
+    """Raises ValueError if a method merges something else than it applies, for instance by forgetting the bias in y."""
+    x = jax.random.normal(jax.random.key(0), (8, kernel.shape[1]))
+    first, (new, bias) = {name: leaf[0] for name, leaf in leaves.items()}, merged
+    wanted = adapters.projection.apply(first, adapters.lora, x, x @ kernel[0].astype(x.dtype) + bias[0], lambda x: x)
+    if not jnp.allclose(x @ new[0] + bias[0], wanted, 1e-3, 1e-3 * jnp.abs(wanted).max()):
+        raise ValueError(f"merge of {place} does not give the output of apply, whose y has the bias")
 
 
 def personal_slot(adapters: dict) -> dict | None:
