@@ -1,7 +1,9 @@
 """What a value of the config or a hyperparameter of a method may be."""
 
 import math
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 
@@ -33,6 +35,29 @@ def is_hyperparameter(value: Any) -> bool:
 def is_distinct(value: Any, accepts: Callable[[Any], bool]) -> bool:
     """Whether a value is a tuple of different items that are all accepted."""
     return isinstance(value, tuple) and all(map(accepts, value)) and len(set(value)) == len(value)
+
+
+def misfit(value: Any, kind: Any, place: str) -> str | None:
+    """Returns what is wrong if a value read from JSON is not of a type, such as a TypedDict, else None."""
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is typing.NotRequired:
+        return misfit(value, arguments[0], place)
+    if origin in (typing.Union, types.UnionType):
+        return None if any(misfit(value, one, place) is None for one in arguments) else f"{place} is {value!r:.40}"
+    if typing.is_typeddict(origin):
+        if not isinstance(value, dict):
+            return f"{place} is {value!r:.40}"
+        if missing := sorted(origin.__required_keys__ - value.keys()):
+            return f"{place} lacks {', '.join(missing)}"
+        hints = typing.get_type_hints(origin, include_extras=True)
+        items = [(value[key], hint, f"{key} of {place}") for key, hint in hints.items() if key in value]
+    elif origin is list and isinstance(value, list):
+        items = [(item, arguments[0], f"an item of {place}") for item in value]
+    elif origin in (dict, Mapping) and isinstance(value, dict):
+        items = [(item, arguments[1], f"{key} of {place}") for key, item in value.items()]
+    else:
+        return None if type(value) in ((float, int) if origin is float else (origin,)) else f"{place} is {value!r:.40}"
+    return next((wrong for item in items if (wrong := misfit(*item))), None)
 
 
 def at_least(low: int) -> Check:

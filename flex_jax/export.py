@@ -88,7 +88,7 @@ def export(arguments: list[str]) -> None:
     from flex_jax.restored_run import client_names, open_run, parse_client
 
     client = parse_client(options.client, client_names(options.workdir))
-    run = open_run(options.workdir, options.method, options.seed)
+    run = open_run(options.workdir, options.method, options.seed, [] if client is None else [client])
     models = run.shared_model() if client is None else run.models([client])
     variables = models.variables(jax.tree.map(lambda leaf: leaf[0], models.clients))
     model, adapters = run.spec.model, variables["adapters"]

@@ -94,7 +94,8 @@ def answer(options: argparse.Namespace) -> None:
     else:
         questions = [Question("--prompt", 1, None, [{"instruction": options.prompt, "context": options.context}])]
     asked = asked_clients(questions, options.client, client_names(options.workdir))
-    run = open_run(options.workdir, options.method, options.seed)
+    clients = [client for client in asked if client is not None]
+    run = open_run(options.workdir, options.method, options.seed, clients)
     evaluation, tokenizer = run.config.evaluation, run.backbone.tokenizer
     max_new_tokens = options.max_new_tokens or evaluation.max_new_tokens
     batch_size = options.batch_size or evaluation.batch_size

@@ -1,13 +1,14 @@
 """The command line: python -m flex_jax.main --config FILE [--workdir DIR] [--config.KEY=VALUE ...].
 
-Exit status: 0 if every run finished, 1 if runs failed, 2 with one line for a mistake that the user can mend, 130 if
-interrupted.
+Exit status: 0 if every run finished, 1 if runs failed, 2 with one line for a mistake that the user can mend, 130 after
+Ctrl-C, 143 after SIGTERM or SIGHUP: finished rounds are saved then, and a second signal ends the program at once.
 """
 
 import argparse
 import ast
 import re
 import runpy
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -115,7 +116,8 @@ def main(arguments: list[str]) -> int:
 
         run(config, workdir)
 
-    return run_command(train, arguments, interrupted="the same command resumes the run")
+    resume = shlex.join(["python", "-m", "flex_jax.main", *arguments])
+    return run_command(train, arguments, interrupted=f"this resumes the run: {resume}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
+from flex_jax.checks import misfit
 from flex_jax.errors import InputError
 from flex_jax.files import to_plain, write_json
 
@@ -74,6 +75,7 @@ class RunEntry(TypedDict):
 
     method: str
     seed: int
+    identity: str  # digest of its config and of everything that it has read
     parameters: Parameters
     clients: list[ClientEntry]
     average: Mapping[str, float | None]  # of each metric, over the clients
@@ -116,13 +118,14 @@ def read_results(workdir: Path | str) -> Results | None:
         return None
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
-        content.setdefault("failures", [])
-        complete = Results.__required_keys__ <= content.keys()
-        complete = complete and all(RunEntry.__required_keys__ <= run.keys() for run in content["runs"])
-    except (AttributeError, TypeError, ValueError):  # not JSON, or not objects where the contract has them
-        complete = False
-    if not complete:
-        raise InputError(f"{file}: not a results file of flex_jax: move it away or use another work directory")
+        wrong = misfit(content, Results, "the file")
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = f"it cannot be read, {type(error).__name__}"
+    if wrong:
+        raise InputError(
+            f"{file}: not a results file of this version ({wrong}): restore it, or move it away: the same command "
+            "then evaluates the finished runs again"
+        )
     return cast(Results, content)
 
 

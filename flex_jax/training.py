@@ -4,8 +4,6 @@ import itertools
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +16,17 @@ from flex_jax.data.batches import ClientDataset, calibration_batches, interleave
 from flex_jax.evaluation.evaluate import HeldOut, evaluate
 from flex_jax.evaluation.generation import GenerationSettings
 from flex_jax.evaluation.loss import evaluation_loss
-from flex_jax.federated.checkpoint import Checkpoints
+from flex_jax.federated.checkpoint import Checkpoints, Totals
 from flex_jax.federated.client import ClientModels
 from flex_jax.federated.cohort import read_availability, sample_cohort
 from flex_jax.federated.cohort_sharding import place
 from flex_jax.federated.init import Start
 from flex_jax.federated.state import RoundInputs, RoundState
+from flex_jax.fingerprint import digest_json
 from flex_jax.grafting.selection import SelectionSettings, select
 from flex_jax.metrics_log import MetricsLog, read_metrics
-from flex_jax.results import ClientScores, RunEntry, average_scores
+from flex_jax.results import ClientScores, RunEntry, Timing, average_scores
+from flex_jax.workdir import Workdir, run_identity
 
 SELECTION_KEY, COHORT_KEY = 1, 2  # folded into a run's key for the choices outside its rounds
 
@@ -39,6 +39,7 @@ class Run(NamedTuple):
     federation: Federation
     seed: int
     start: Start
+    identity: dict[str, Any]  # see `run_identity`
 
     @property
     def name(self) -> str:
@@ -145,14 +146,14 @@ def round_lines(cohort: np.ndarray, metrics: dict[str, dict], num_tokens: int, s
     return lines
 
 
-def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[RoundState, float]:
-    """Runs the remaining rounds, each with a checkpoint. Returns the last state and the seconds of compilation."""
+def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[RoundState, Totals, float]:
+    """Runs the remaining rounds, each with a checkpoint. Returns the last state, totals and seconds of compilation."""
     config, name = run.prepared.config, run.name
-    state = checkpoints.restore(run.start.state) or run.start.state
+    state, totals = checkpoints.restore(run.start.state) or (run.start.state, Totals())
     first = int(state.round)
     metrics.rewind(name, first)
     if first == config.rounds:
-        return state, 0.0
+        return state, totals, 0.0
     feed = RoundFeed(run, checkpoints, state.key)
     inputs = feed.inputs(first, state)
     compile_seconds = run.prepared.round_fn.compile(inputs)
@@ -170,12 +171,14 @@ def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[Roun
             for client, loss in zip(range(config.clients), eval_losses(run, state, checkpoints), strict=True):
                 lines.setdefault(client, {})["eval_loss"] = float(loss)
         metrics.write(name, run.prepared.name, run.seed, number, lines)
-        checkpoints.save(state)
+        totals.update(client_rounds=len(cohort))
+        totals.update({way: sum(measured["clients"][way].tolist()) for way in ("upload_bytes", "download_bytes")})
+        checkpoints.save(state, totals)
         if number + 1 < config.rounds:
             inputs = feed.inputs(number + 1, state)
         overall = lines[None]
         progress.set_postfix_str(f"loss {overall['train_loss']:.3f}, {overall['train_tokens_per_s']:,.0f} tokens/s")
-    return state, compile_seconds
+    return state, totals, compile_seconds
 
 
 def eval_losses(run: Run, state: RoundState, checkpoints: Checkpoints) -> list[float]:
@@ -193,11 +196,12 @@ def score(run: Run, state: RoundState, checkpoints: Checkpoints) -> list[ClientS
 
 
 def run_one(
-    prepared: PreparedMethod, backbone: Backbone, federation: Federation, seed: int, workdir: Path, metrics: MetricsLog
+    prepared: PreparedMethod, backbone: Backbone, federation: Federation, seed: int, workdir: Workdir
 ) -> RunEntry:
     """Grafts, trains and evaluates one method with one seed. Returns its entry of results.json.
 
-    It resumes from the newest checkpoint under `workdir`, if there is one; only the selection of experts is repeated.
+    It resumes from the newest checkpoint in the work directory, if there is one; only the selection of experts is
+    repeated.
     """
     config, key = prepared.config, jax.random.PRNGKey(seed)
     expert_index, graft_seconds = None, None
@@ -206,30 +210,38 @@ def run_one(
         expert_index = select_experts(config, backbone, federation, jax.random.fold_in(key, SELECTION_KEY))
         graft_seconds = time.perf_counter() - started
     first = start_run(config, prepared.spec, backbone, expert_index, key)
-    run = Run(prepared, backbone, federation, seed, first)
-    with Checkpoints(workdir / "checkpoints" / run.name, first.init_clients, config.clients) as checkpoints:
-        state, compile_seconds = train(run, metrics, checkpoints)
+    run = Run(prepared, backbone, federation, seed, first, run_identity(prepared.name, config, seed, workdir.inputs))
+    directory = workdir.path / "checkpoints" / run.name
+    with Checkpoints(directory, first.init_clients, config.clients, run.identity) as checkpoints:
+        state, totals, compile_seconds = train(run, workdir.metrics, checkpoints)
         started = time.perf_counter()
         scores = score(run, state, checkpoints)
         evaluation_seconds = time.perf_counter() - started
-    lines = [line for line in read_metrics(metrics.path) if line["run"] == run.name]
-    entry = run_entry(run, expert_index, scores, lines)
-    entry["timing"].update(graft_s=graft_seconds, compile_s=compile_seconds, evaluation_s=evaluation_seconds)
-    return entry
+    rounds = [line for line in read_metrics(workdir.metrics.path) if line["run"] == run.name and line["client"] is None]
+    timing: Timing = {
+        "graft_s": graft_seconds,
+        "compile_s": compile_seconds,
+        "evaluation_s": evaluation_seconds,
+        "round_s_median": median_of(rounds, "round_s"),
+        "train_tokens_per_s": median_of(rounds, "train_tokens_per_s"),
+    }
+    return run_entry(run, expert_index, scores, totals, timing)
+
+
+def median_of(rounds: list[dict[str, Any]], metric: str) -> float | None:
+    """Returns the median of a metric of rounds, None if metrics.jsonl has lost them all."""
+    return float(np.median([line[metric] for line in rounds])) if rounds else None
 
 
 def run_entry(
-    run: Run, expert_index: np.ndarray | None, scores: list[ClientScores], lines: list[dict[str, Any]]
+    run: Run, expert_index: np.ndarray | None, scores: list[ClientScores], totals: Totals, timing: Timing
 ) -> RunEntry:
-    """Returns the entry of results.json for a finished run with these lines of metrics.jsonl."""
+    """Returns the entry of results.json for a finished run."""
     plan, held_out = run.prepared.plan, run.federation.held_out
-    rounds = [line for line in lines if line["client"] is None]
-    wire_bytes = {
-        way: [line[f"{way}_bytes"] for line in lines if f"{way}_bytes" in line] for way in ("upload", "download")
-    }
     return {
         "method": run.prepared.name,
         "seed": run.seed,
+        "identity": digest_json(run.identity),
         "parameters": {
             "frozen": plan.frozen,
             "shared": plan.shared,
@@ -249,15 +261,9 @@ def run_entry(
         ],
         "average": average_scores(scores),
         "communication": {
-            "upload_bytes_per_client_round": round(fmean(wire_bytes["upload"])),
-            "download_bytes_per_client_round": round(fmean(wire_bytes["download"])),
-            "total_bytes": sum(map(sum, wire_bytes.values())),
+            "upload_bytes_per_client_round": round(totals["upload_bytes"] / totals["client_rounds"]),
+            "download_bytes_per_client_round": round(totals["download_bytes"] / totals["client_rounds"]),
+            "total_bytes": totals["upload_bytes"] + totals["download_bytes"],
         },
-        "timing": {
-            "graft_s": None,
-            "compile_s": 0.0,
-            "evaluation_s": 0.0,
-            "round_s_median": float(np.median([line["round_s"] for line in rounds])),
-            "train_tokens_per_s": float(np.median([line["train_tokens_per_s"] for line in rounds])),
-        },
+        "timing": timing,
     }

@@ -59,7 +59,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(workdir):
-    return open_run(workdir)
+    return open_run(workdir, client_ids=range(4))
 
 
 def write(path, lines):

@@ -34,6 +34,7 @@ FUSED = "mlp.experts.gate_up_proj"  # end of a tensor's name, if all experts of 
 READABLE = ("F64", "F32", "F16", "BF16")
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # computed, not learnt; some old checkpoints contain it
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]  # configs, weights, tokenizer and code
+READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 MAX_NAMED_ERRORS = 8  # wrong tensors that the error line names; further ones are only counted
 SHARD_BYTES = 5e9
 
@@ -59,6 +60,11 @@ def find_checkpoint(path) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"{path}: no such directory, and it cannot be downloaded from the Hub: {error}") from error
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """Returns the files of a checkpoint that decide about a model and its tokenizer, in order."""
+    return sorted(file for file in directory.iterdir() if file.suffix in READ_SUFFIXES and file.is_file())
 
 
 def read_model_config(file: Path) -> ModelConfig:

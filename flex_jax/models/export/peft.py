@@ -51,6 +51,11 @@ def has_adapter(config: ModelConfig, adapters: dict) -> bool:
     return {mapping.path for mapping in adapter_weights(config, rank=1)} <= flatten_dict(adapters, sep="/").keys()
 
 
+def adapter_files(path) -> list[Path]:
+    """Returns the files of an adapter directory that `load_adapter` reads."""
+    return [file for name in (CONFIG, WEIGHTS) if (file := Path(path).expanduser() / name).is_file()]
+
+
 def save_adapter(path: Path, config: ModelConfig, adapters: dict, lora: LoraConfig, base: str) -> None:
     """Writes the attention LoRA of an adapters tree as a PEFT adapter of the checkpoint `base`, without other adapters.
 
