@@ -32,7 +32,7 @@ from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import plan_table, summary_table
 from flex_jax.results import Failure, Results, read_results, summarise, write_results
 from flex_jax.training import run_one
-from flex_jax.workdir import Workdir, inputs_of, run_identity, take_up
+from flex_jax.workdir import Inputs, Workdir, check, inputs_of, run_identity, take_up
 
 PACKAGES = ("flex_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -58,13 +58,15 @@ def run(config: ConfigDict, workdir: Path) -> Results:
     if config.availability:
         read_availability(config.availability, config.clients, config.cohort or config.clients)
     with lock_workdir(workdir):
-        backbone = build_backbone(config)
         records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
+        inputs = inputs_of(config, resolved, records)
+        check(workdir, config, inputs)
+        backbone = build_backbone(config)
         federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
         methods = [prepare_method(method, backbone) for method in resolved]
-        held = take_up(workdir, config, inputs_of(config, resolved, records))
         results = read_results(workdir) or new_results()
-        check_results(results, methods, held)
+        check_results(results, methods, workdir, inputs)
+        held = take_up(workdir, config, inputs)
         print(plan_table([plan_row(method) for method in methods]), flush=True)
         run_all(methods, backbone, federations, held, results)
         if results["runs"]:
@@ -111,7 +113,7 @@ def run_all(
 
 def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[str]) -> None:
     """Writes report.html and summary.txt, and prints the summary."""
-    metrics = read_metrics(workdir.metrics.path) if workdir.metrics.path.exists() else []
+    metrics = read_metrics(workdir.metrics.path)
     for entry in results["runs"]:
         run = f"{entry['method']}-seed{entry['seed']}"
         if missing := missing_rounds(metrics, run, config.rounds):
@@ -127,15 +129,15 @@ def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[s
     print(f"report: {page}")
 
 
-def check_results(results: Results, methods: list[PreparedMethod], workdir: Workdir) -> None:
+def check_results(results: Results, methods: list[PreparedMethod], workdir: Path, inputs: Inputs) -> None:
     """Raises InputError if results are of another config or other inputs. Tells if they are of other packages."""
     configs = {method.name: method.config for method in methods}
     for run in results["runs"]:
         name, seed = run["method"], run["seed"]
-        known = name in configs and digest_json(run_identity(name, configs[name], seed, workdir.inputs))
+        known = name in configs and digest_json(run_identity(name, configs[name], seed, inputs))
         if run["identity"] != known:
             raise InputError(
-                f"{workdir.path / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the "
+                f"{workdir / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the "
                 "file away, or give another --workdir"
             )
     now = new_results()
@@ -146,7 +148,7 @@ def check_results(results: Results, methods: list[PreparedMethod], workdir: Work
         if (found := (now["versions"] | {"device": now["device"]}).get(name)) != value
     ]
     if changed:
-        print(f"flex_jax: the results in {workdir.path} began with {'; '.join(changed)}", file=sys.stderr)
+        print(f"flex_jax: the results in {workdir} began with {'; '.join(changed)}", file=sys.stderr)
 
 
 def failure_file(workdir: Path, name: str, seed: int) -> Path:
@@ -161,7 +163,7 @@ def record_failure(workdir: Path, method: PreparedMethod, seed: int, error: Exce
         write_text(file, "".join(traceback.format_exception(error)))
     except OSError as unwritable:  # such as a full disk, which may be what broke the run
         print(f"flex_jax: {unwritable.filename}: {unwritable.strerror}", file=sys.stderr)
-    frame = "" if isinstance(error, InputError) else user_frame(method.config.method, error)
+    frame = "" if isinstance(error, (InputError, OSError)) else user_frame(method.config.method, error)
     line = f"{frame}: " if frame else ""
     line += f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     print(f"flex_jax: {method.name} seed {seed} failed: {line}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Atomic files, in which a reader finds the old content or the new, even after a kill or on a full disk."""
 
+import errno
 import json
 import math
 import os
@@ -45,6 +46,13 @@ def synchronise(path: Path | str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_text(path: Path) -> str:
+    """Reads a file in UTF-8. Raises OSError or UnicodeDecodeError; a pipe would wait for its writer."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flex_jax.errors import InputError
-from flex_jax.files import to_plain, write_text
+from flex_jax.files import read_text, to_plain, write_text
 
 HEAD = {"run": (str,), "method": (str,), "seed": (int,), "round": (int,), "client": (int, type(None))}  # of a line
 Metrics = Sequence[Mapping[str, Any]]  # the lines of the file
@@ -52,7 +52,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """Returns the lines of a file, without a last line torn by a kill. Raises InputError for a line of another form."""
+    """Returns the lines of a file, [] if there is none. Raises InputError for a line of another form, or one twice.
+
+    A last line torn by a kill is left out.
+    """
     return [record for _, record in _complete_lines(Path(path))]
 
 
@@ -65,9 +68,11 @@ def missing_rounds(metrics: Metrics, run: str, num_rounds: int) -> list[int]:
 def _complete_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """Yields the lines and what they say, without a torn last one. A line that is there twice is refused."""
     try:
-        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a torn line has no newline yet
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): move it away") from error
+        *lines, _ = read_text(path).split("\n")  # a torn line has no newline yet
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}): restore the file, or move it away") from error
     seen = set()
     for number, line in enumerate(lines, start=1):
         try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from flex_jax.checks import misfit
 from flex_jax.errors import InputError
-from flex_jax.files import to_plain, write_json
+from flex_jax.files import read_text, to_plain, write_json
 
 
 class Example(TypedDict):
@@ -117,7 +117,7 @@ def read_results(workdir: Path | str) -> Results | None:
     if not file.exists():
         return None
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = json.loads(read_text(file))
         wrong = misfit(content, Results, "the file")
     except (OSError, ValueError, RecursionError) as error:
         wrong = f"it cannot be read, {type(error).__name__}"

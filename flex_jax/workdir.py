@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from flex_jax.building import ResolvedMethod, checkpoint_name
 from flex_jax.config import default_config, validate
 from flex_jax.errors import InputError
-from flex_jax.files import sweep, write_json
+from flex_jax.files import read_text, sweep, write_json
 from flex_jax.fingerprint import Fingerprint, differences, of_files, of_records
 from flex_jax.metrics_log import MetricsLog
 from flex_jax.models.checkpoint import checkpoint_files, find_checkpoint
@@ -31,17 +31,19 @@ class Workdir(NamedTuple):
     metrics: MetricsLog
 
 
-def take_up(path: Path, config: ConfigDict, inputs: Inputs) -> Workdir:
-    """Begins a work directory, or goes on with one that has the same config and inputs. This process must hold it.
+def check(path: Path, config: ConfigDict, inputs: Inputs) -> None:
+    """Raises InputError if a work directory is of another config or other inputs, or has a broken file.
 
     The files of a method without a finished round may have changed: it may have failed.
-
-    Raises InputError if the directory is of another config or other inputs, or has a broken file.
     """
-    sweep(path)
     check_config(path, config)
     new = [name for name in config.methods if not any(path.glob(f"checkpoints/{escape(name)}-seed*/server/[0-9]*"))]
     check_inputs(path, inputs, lambda name: not name.startswith(tuple(f"method {method}: " for method in new)))
+
+
+def take_up(path: Path, config: ConfigDict, inputs: Inputs) -> Workdir:
+    """Begins a work directory, or goes on with one that `check` accepts. This process must hold it."""
+    sweep(path)
     if not (path / "config.json").exists():
         write_json(path / "config.json", config.to_dict())
     write_json(path / "inputs.json", inputs)
@@ -128,7 +130,7 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"broken, {error}"
         raise InputError(f"{file}: cannot be read ({reason}): restore it, or give another --workdir") from error

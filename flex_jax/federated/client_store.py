@@ -139,6 +139,8 @@ class ClientStore:
     def _read(self, client: int, like: dict[str, Any]) -> dict[str, np.ndarray]:
         """Reads a client's file. `like`: arrays or shapes with a leading axis. Raises Damaged."""
         round = int(self.newest[client])
+        if not self._file(client, round).is_file():
+            raise self._damaged(client, "no such file")
         try:
             with safe_open(self._file(client, round), "np") as file:
                 stored = {name: file.get_tensor(name) for name in file.keys()}
