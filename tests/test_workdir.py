@@ -277,13 +277,12 @@ def write(text, file):
 
 
 @pytest.mark.parametrize(
-    "damage", [make_directory, make_fifo, partial(write, "[" * 100_000), partial(write, "\xff"), partial(write, "3")]
+    "damage",
+    [make_directory, make_fifo, partial(write, f"{'[' * 100_000}\n"), partial(write, "\xff\n"), partial(write, "3\n")],
 )
 @pytest.mark.parametrize("name", ["config.json", "inputs.json", "results.json", "metrics.jsonl"])
 def test_a_broken_file_of_a_work_directory_is_one_line(name, damage, folder, capsys):
     damage(folder / "run" / name)
-    if name == "metrics.jsonl" and "3" in str(damage):
-        (folder / "run" / name).write_text("3\n")
     assert_refused(main, both(folder), rf"run/{name}[:,].*(restore|move it away)", capsys)
 
 
