@@ -21,7 +21,7 @@ from flex_jax.building import (
 )
 from flex_jax.config import name_methods, validate
 from flex_jax.data.sources import load_records
-from flex_jax.errors import FailedRuns, InputError
+from flex_jax.errors import Diverged, FailedRuns, InputError
 from flex_jax.federated.cohort import read_availability
 from flex_jax.files import write_text
 from flex_jax.fingerprint import digest_json
@@ -29,7 +29,7 @@ from flex_jax.locks import lock_workdir
 from flex_jax.methods import user_frame
 from flex_jax.metrics_log import missing_rounds, read_metrics
 from flex_jax.reporting.page import write_report
-from flex_jax.reporting.tables import plan_table, summary_table
+from flex_jax.reporting.tables import diverged_methods, plan_table, summary_table
 from flex_jax.results import Failure, Results, read_results, summarise, write_results
 from flex_jax.training import run_one
 from flex_jax.workdir import Inputs, Workdir, check, inputs_of, run_identity, take_up
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         held = take_up(workdir, config, inputs)
         print(plan_table([plan_row(method) for method in methods]), flush=True)
         run_all(methods, backbone, federations, held, results)
-        if results["runs"]:
+        if results["runs"] or diverged_methods(results):
             notes = [comparison_note(config, methods), *([config.note] if config.note else [])]
             report(config, held, results, notes)
     if failures := results["failures"]:
@@ -163,11 +163,13 @@ def record_failure(workdir: Path, method: PreparedMethod, seed: int, error: Exce
         write_text(file, "".join(traceback.format_exception(error)))
     except OSError as unwritable:  # such as a full disk, which may be what broke the run
         print(f"flex_jax: {unwritable.filename}: {unwritable.strerror}", file=sys.stderr)
-    frame = "" if isinstance(error, (InputError, OSError)) else user_frame(method.config.method, error)
+    frame = "" if isinstance(error, (Diverged, InputError, OSError)) else user_frame(method.config.method, error)
     line = f"{frame}: " if frame else ""
-    line += f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    diverged = isinstance(error, Diverged)
+    line += "" if diverged else f"{type(error).__name__}: "
+    line += str(error).partition("\n")[0]
     print(f"flex_jax: {method.name} seed {seed} failed: {line}", file=sys.stderr)
-    return {"method": method.name, "seed": seed, "error": line}
+    return {"method": method.name, "seed": seed, "error": line, "diverged": diverged}
 
 
 def new_results() -> Results:

@@ -40,6 +40,7 @@ class ClientEntry(ClientScores):
     name: str
     train_examples: int
     eval_examples: int
+    rounds_left_out: NotRequired[int]  # in which its update was not finite
     grafted_experts: NotRequired[list[list[int]]]  # of each MoE layer; empty if the method grafts none
 
 
@@ -89,6 +90,7 @@ class Failure(TypedDict):
     method: str
     seed: int
     error: str
+    diverged: NotRequired[bool]
 
 
 class SummaryRow(TypedDict):

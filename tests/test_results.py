@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from flex_jax.errors import InputError
-from flex_jax.results import RunEntry, average_scores, read_results, summarise, write_results
+from flex_jax.results import average_scores, read_results, summarise, write_results
 
 RUN = {
     "method": "flex",
@@ -16,13 +16,7 @@ RUN = {
     "clients": [],
     "average": {},
     "communication": {"upload_bytes_per_client_round": 4, "download_bytes_per_client_round": 4, "total_bytes": 8},
-    "timing": {
-        "graft_s": None,
-        "compile_s": 1,
-        "evaluation_s": 1.5,
-        "round_s_median": 0.1,
-        "train_tokens_per_s": None,
-    },
+    "timing": {"graft_s": None, "compile_s": 1, "evaluation_s": 1.5, "round_s_median": 0.1, "train_tokens_per_s": None},
 }
 RESULTS = {"runs": [RUN], "summary": [], "failures": [], "versions": {"jax": "0.10.2"}, "device": "cpu"}
 

@@ -83,6 +83,11 @@ class ClientStore:
                 leaf[position] = state[name]
         return states
 
+    def load_former(self, client_ids: np.ndarray) -> ClientState:
+        """Returns the states that clients [C] had before the last round, which has consumed the cached ones."""
+        self._cached = np.zeros(0, np.int32), NO_CLIENTS
+        return self.load(client_ids)
+
     def copy_to_host(self) -> dict[int, dict[str, np.ndarray]]:
         """Copies the cached states off the device and returns them by client. Until `commit`, `load` reads them."""
         client_ids, states = self._cached
