@@ -92,8 +92,8 @@ def build_backbone(config: ConfigDict) -> Backbone:
     sharding = param_sharding(mesh) if mesh else None
     model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation, sharding=sharding)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # transformers does not check its files
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers does not check its files, which are anyone's and can raise anything
         raise InputError(f"{path}: no usable tokenizer in the checkpoint directory ({error})") from error
     check_tokenizer(tokenizer, model.config.vocab_size)
     return Backbone(model.clone(remat=config.model.remat), params, tokenizer, mesh)
