@@ -13,7 +13,7 @@ from flex_jax.building import (
     PreparedMethod,
     build_backbone,
     build_federation,
-    check_hparam_names,
+    check_method_names,
     plan_row,
     prepare_method,
     resolve_method,
@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: Path) -> Results:
     config = config.copy_and_resolve_references()
     name_methods(config)
     validate(config)
-    check_hparam_names(config)
+    check_method_names(config)
     resolved = [resolve_method(config, name) for name in config.methods]
     if config.availability:
         read_availability(config.availability, config.clients, config.cohort or config.clients)

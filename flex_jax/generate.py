@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flex_jax.checks import COUNT
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
 
@@ -40,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Returns the flags. Raises InputError for any mistake that shows without the run."""
     parser = Parser(prog="flex_jax.generate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
+    positive = number(int, COUNT.allowed, COUNT.accepts)
     seed = number(int, "an integer from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
     temperature = number(float, "a finite number of at least 0", lambda value: 0 <= value < math.inf)
     top_p = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
