@@ -23,6 +23,7 @@ from flex_jax.federated.cost_model import Plan, StepShape, plan
 from flex_jax.federated.federated_round import CompiledRound, make_round
 from flex_jax.federated.init import Start, start
 from flex_jax.federated.method import MethodSpec, Settings
+from flex_jax.memory import check_generation, check_tokens
 from flex_jax.methods import METHODS, Method, check_hparams, make_method, user_error, user_frame
 from flex_jax.models.adapters import AdapterConfig
 from flex_jax.models.checkpoint import find_checkpoint, load_pretrained, read_model_config
@@ -103,8 +104,12 @@ def build_backbone(config: ConfigDict) -> Backbone:
 
 
 def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict], seed: int) -> Federation:
-    """Divides the records among clients and encodes them."""
+    """Divides the records among clients and encodes them. Raises InputError for sizes that memory cannot hold."""
     data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
+    cohort, evaluation = config.cohort or config.clients, config.evaluation
+    examples = cohort * config.local_steps * config.batch_size
+    keys = "config.local_steps, config.batch_size, config.sequence_length or config.cohort"
+    check_tokens(f"a round's batches of {examples} examples", examples, length, keys)
     kind, column, categories = data.partition, data.column, data.categories
     settings = PartitionSettings(kind, column, categories, data.alpha, data.examples_per_client, data.test_examples)
     clients = partition(records, settings, num_clients=config.clients, seed=seed)
@@ -113,7 +118,17 @@ def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict]
         for part in ("train", "test")
     )
     prompts = [[encode_prompt(record, tokenizer, length) for record in client.test] for client in clients]
-    batches = evaluation_batches(test, config.evaluation.batch_size)
+    examples = len(test) * max(evaluation.batch_size, *(len(client.tokens) for client in test))
+    check_tokens(f"evaluation on {examples} examples", examples, length, "config.evaluation.batch_size")
+    prompt_length = max(len(prompt) for client in prompts for prompt in client)
+    check_generation(
+        backbone.model,
+        backbone.params,
+        (cohort, evaluation.batch_size, prompt_length + evaluation.max_new_tokens),
+        "config.evaluation.batch_size, config.evaluation.max_new_tokens or config.cohort",
+        num_devices=backbone.mesh.size if backbone.mesh else 1,
+    )
+    batches = evaluation_batches(test, evaluation.batch_size)
     return Federation(train, HeldOut([client.test for client in clients], prompts, batches))
 
 

@@ -23,6 +23,7 @@ from flex_jax.data.sources import load_records
 from flex_jax.errors import FailedRuns, InputError
 from flex_jax.federated.cohort import read_availability
 from flex_jax.files import write_json, write_text
+from flex_jax.memory import check_plan
 from flex_jax.methods import user_frame
 from flex_jax.metrics_log import MetricsLog, read_metrics
 from flex_jax.reporting.page import write_report
@@ -55,6 +56,8 @@ def run(config: ConfigDict, workdir: Path) -> Results:
     records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
     federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
     methods = [prepare_method(method, backbone) for method in resolved]
+    for method in methods:
+        check_plan(method.name, method.plan)
     check_workdir(workdir, config)
     metrics = MetricsLog(workdir / "metrics.jsonl")
     print(plan_table([plan_row(method) for method in methods]), flush=True)

@@ -23,6 +23,7 @@ LAYERS = [
     ["flex_jax.methods"],
     ["flex_jax.evaluation"],
     ["flex_jax.reporting"],
+    ["flex_jax.memory"],
     ["flex_jax.building"],
     ["flex_jax.training"],
     ["flex_jax.experiment", "flex_jax.restored_run"],
