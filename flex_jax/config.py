@@ -153,12 +153,16 @@ def validate(config: ConfigDict) -> None:
     """Raises InputError, naming the key and what is allowed, for the first value that no run can use."""
     validate_keys(config)
     for key, value in _flatten(config):
-        check = find_key(key).check
-        if not check.accepts(value):
-            raise InputError(f"config.{key} is {value!r}: must be {check.allowed}")
+        _validate_value(key, value)
     _validate_together(config, "")
     for method in config.overrides:
         _validate_together(_overridden(config, method), f" with config.overrides.{method}")
+
+
+def _validate_value(key: str, value: Any) -> None:
+    check = find_key(key).check
+    if not check.accepts(value):
+        raise InputError(f"config.{key} is {value!r}: must be {check.allowed}")
 
 
 def validate_keys(config: ConfigDict) -> None:
@@ -209,6 +213,8 @@ def name_methods(config: ConfigDict) -> None:
     path/to/file.py:name becomes a variant called `name`, and config.method, if set, the only one of config.methods.
     Raises InputError if two methods would have the same name.
     """
+    for key in ("method", "methods"):
+        _validate_value(key, config[key])
     given = (config.method,) if config.method else config.methods
     names = []
     for method in given:

@@ -14,7 +14,7 @@ from flex_jax.building import (
     PreparedMethod,
     build_backbone,
     build_federation,
-    check_hparam_names,
+    check_method_names,
     plan_row,
     prepare_method,
     resolve_method,
@@ -26,6 +26,7 @@ from flex_jax.federated.cohort import read_availability
 from flex_jax.files import write_text
 from flex_jax.fingerprint import digest_json
 from flex_jax.locks import lock_workdir
+from flex_jax.memory import check_plan
 from flex_jax.methods import user_frame
 from flex_jax.metrics_log import missing_rounds, read_metrics
 from flex_jax.reporting.page import write_report
@@ -53,7 +54,7 @@ def run(config: ConfigDict, workdir: Path) -> Results:
     config = config.copy_and_resolve_references()
     name_methods(config)
     validate(config)
-    check_hparam_names(config)
+    check_method_names(config)
     resolved = [resolve_method(config, name) for name in config.methods]
     if config.availability:
         read_availability(config.availability, config.clients, config.cohort or config.clients)
@@ -64,6 +65,8 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         backbone = build_backbone(config)
         federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
         methods = [prepare_method(method, backbone) for method in resolved]
+        for method in methods:
+            check_plan(method.name, method.plan)
         results = read_results(workdir) or new_results()
         check_results(results, methods, workdir, inputs)
         held = take_up(workdir, config, inputs)

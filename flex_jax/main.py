@@ -6,6 +6,7 @@ Ctrl-C, 143 after SIGTERM or SIGHUP: finished rounds are saved then, and a secon
 
 import argparse
 import ast
+import itertools
 import re
 import runpy
 import shlex
@@ -43,6 +44,9 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
     override(config, rest)
     name_methods(config)
     validate(config)
+    for match in filter(None, map(re.compile(r"--?config\.(?:overrides|hparams)\.(\w+)").match, rest)):
+        if match[1] not in config.methods:
+            raise InputError(f"{match[0]}: no run has this name: config.methods has {', '.join(config.methods)}")
     workdir = options.workdir or Path("runs") / Path(options.config).stem
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir {workdir}: is a file, must be a directory or not exist yet")
@@ -68,7 +72,7 @@ def load(path: str) -> ConfigDict:
 
 def override(config: ConfigDict, arguments: list[str]) -> None:
     """Sets the --config.KEY=VALUE arguments in the config. Raises InputError for anything else among them."""
-    arguments = [argument for argument in arguments if not _set_hparam(config, argument)]
+    arguments = _last_tuples([argument for argument in arguments if not _set_hparam(config, argument)])
     for key in (match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, arguments) if match):
         entry = find_key(key)
         if key.startswith("overrides."):  # config_flags sets only keys that exist
@@ -80,12 +84,27 @@ def override(config: ConfigDict, arguments: list[str]) -> None:
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
         positional = values(["flex_jax", *arguments])[1:]
+    except (MemoryError, RecursionError) as error:  # a value nested too deep
+        raise InputError(f"a --config.KEY=VALUE cannot be read ({type(error).__name__}: {error})") from error
     except flags.Error as error:
         key = re.match(r"flag --config\.([^=]*)=", str(error))
         allowed = f": must be {find_key(key[1]).check.allowed}" if key else ""
         raise InputError(f"{error}{allowed}") from error
     if positional:
         raise InputError(f"unexpected argument {positional[0]!r}: values are set with --config.KEY=VALUE")
+
+
+def _last_tuples(arguments: list[str]) -> list[str]:
+    """Drops all but the last flag of each tuple: config_flags would join them, and other flags replace."""
+    others, tuples = [], {}
+    queue = iter(arguments)
+    for argument in queue:
+        match = re.fullmatch(r"--?config\.([^=]*)(=.*)?", argument, re.DOTALL)
+        if match and match[1] in SCHEMA and isinstance(SCHEMA[match[1]].default, tuple):
+            tuples[match[1]] = [argument] if match[2] else [argument, *itertools.islice(queue, 1)]
+        else:
+            others.append(argument)
+    return [*itertools.chain(*tuples.values()), *others]
 
 
 def _set_hparam(config: ConfigDict, argument: str) -> bool:
@@ -99,7 +118,7 @@ def _set_hparam(config: ConfigDict, argument: str) -> bool:
         raise InputError(f"--config.{key}: must have a value, as in --config.{key}=0.1")
     try:
         value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):  # a text without quotes
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):  # a text without quotes
         value = text
     _, method, name = key.split(".")
     with config.hparams.unlocked(), config.hparams.ignore_type():

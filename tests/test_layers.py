@@ -23,6 +23,7 @@ LAYERS = [
     ["flex_jax.methods"],
     ["flex_jax.evaluation"],
     ["flex_jax.reporting"],
+    ["flex_jax.memory"],
     ["flex_jax.building"],
     ["flex_jax.workdir"],
     ["flex_jax.training"],
