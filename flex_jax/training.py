@@ -14,17 +14,16 @@ from tqdm import tqdm
 
 from flex_jax.building import Backbone, Federation, PreparedMethod, start_run
 from flex_jax.data.batches import ClientDataset, calibration_batches, interleave, round_batches
-from flex_jax.errors import Diverged
+from flex_jax.divergence import check_round, check_scores, left_out_line, put_back
 from flex_jax.evaluation.evaluate import HeldOut, evaluate
 from flex_jax.evaluation.generation import GenerationSettings
 from flex_jax.evaluation.loss import evaluation_loss
-from flex_jax.federated.aggregation import check_cohort
 from flex_jax.federated.checkpoint import Checkpoints, Totals
 from flex_jax.federated.client import ClientModels
 from flex_jax.federated.cohort import read_availability, sample_cohort
 from flex_jax.federated.cohort_sharding import place
 from flex_jax.federated.init import Start
-from flex_jax.federated.state import ClientState, RoundInputs, RoundState
+from flex_jax.federated.state import RoundInputs, RoundState
 from flex_jax.fingerprint import digest_json
 from flex_jax.grafting.selection import SelectionSettings, select
 from flex_jax.metrics_log import MetricsLog, read_metrics
@@ -48,6 +47,11 @@ class Run(NamedTuple):
     def name(self) -> str:
         """METHOD-seedN."""
         return f"{self.prepared.name}-seed{self.seed}"
+
+    @property
+    def client_names(self) -> list[str]:
+        """The names of the clients, by id."""
+        return [dataset.name for dataset in self.federation.train]
 
     def models_by_group(self, state: RoundState, checkpoints: Checkpoints) -> Iterator[tuple[ClientModels, HeldOut]]:
         """Yields the models and held-out examples of all clients, as many at once as a cohort has."""
@@ -150,30 +154,6 @@ def round_lines(cohort: np.ndarray, metrics: dict[str, dict], num_tokens: int, s
     return lines
 
 
-def check_round(run: Run, number: int, cohort: np.ndarray, measured: dict[str, dict]) -> np.ndarray:
-    """Returns which clients of a cohort, bool [C], are left out of a round because they diverged. Raises Diverged.
-
-    It is raised if too few others are left, fewer than half or than the aggregation needs, or if the server's state is
-    not finite. The round before is the last good one.
-    """
-    config, finite = run.prepared.config, measured["clients"]["finite"]
-    left, needed = int(finite.sum()), len(finite) / 2
-    names = ", ".join(run.federation.train[client].name for client in cohort[~finite][:5])
-    too_few = check_cohort(config.server.aggregation, config.server.byzantine, left)
-    if left < needed or too_few:
-        raise Diverged(
-            f"diverged in round {number + 1}: of {len(finite)} clients {len(finite) - left} have an update that is not "
-            f"finite ({names}): lower config.optimizer.learning_rate or config.optimizer.clip_norm; the state after "
-            f"round {number} is stored"
-        )
-    if not measured["server"]["finite"]:
-        raise Diverged(
-            f"diverged in round {number + 1}: the server's new state is not finite: lower the method's server rate, "
-            f"config.server.clip_norm or config.optimizer.learning_rate; the state after round {number} is stored"
-        )
-    return ~finite
-
-
 def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[RoundState, Totals, float]:
     """Runs the remaining rounds, each with a checkpoint. Returns the last state, totals and seconds of compilation."""
     config, name = run.prepared.config, run.name
@@ -193,12 +173,15 @@ def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[Roun
         started = time.perf_counter()
         state, measured = run.prepared.round_fn(inputs)
         measured = jax.device_get(measured)  # waits for the round
-        left_out = check_round(run, number, cohort, measured)
+        left_out = check_round(run.prepared.spec.settings, run.client_names, number, cohort, measured)
         lines = round_lines(cohort, measured, num_tokens, time.perf_counter() - started)
         if left_out.any():
-            state = state._replace(clients=put_back(state.clients, left_out, checkpoints, cohort))
-            totals.update({f"left out: {client}": 1 for client in cohort[left_out]})
-            tell_left_out(run, number, cohort[left_out], totals)
+            former = checkpoints.clients.load_former(cohort[left_out])
+            state = state._replace(clients=put_back(state.clients, left_out, former))
+            for client in cohort[left_out]:
+                totals.update({f"left out: {client}": 1})
+                if totals[f"left out: {client}"] == 1:
+                    print(left_out_line(name, run.client_names[client], number), file=sys.stderr)
         checkpoints.clients.cache(cohort, state.clients)  # the next round consumes them: save before it
         if config.evaluation.every and (number + 1) % config.evaluation.every == 0:
             for client, loss in zip(range(config.clients), eval_losses(run, state, checkpoints), strict=True):
@@ -214,24 +197,6 @@ def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[Roun
     return state, totals, compile_seconds
 
 
-def put_back(states: ClientState, left_out: np.ndarray, checkpoints: Checkpoints, cohort: np.ndarray) -> ClientState:
-    """Returns the states of a cohort [C] after a round, those of clients that are left out as before the round."""
-    former = checkpoints.clients.load_former(cohort[left_out])
-    return jax.tree.map(lambda new, old: new.at[np.flatnonzero(left_out)].set(old), states, former)
-
-
-def tell_left_out(run: Run, number: int, client_ids: np.ndarray, totals: Totals) -> None:
-    """Prints a line when a client is left out of a round of a run for the first time."""
-    for client in client_ids:
-        if totals[f"left out: {client}"] == 1:
-            print(
-                f"flex_jax: {run.prepared.name} seed {run.seed}, round {number + 1}: the update of client "
-                f"{run.federation.train[client].name} is not finite, so it is left out and its state is as before; if "
-                "it happens again, lower config.optimizer.learning_rate or config.optimizer.clip_norm",
-                file=sys.stderr,
-            )
-
-
 def eval_losses(run: Run, state: RoundState, checkpoints: Checkpoints) -> list[float]:
     """Returns the loss of every client on its held-out examples."""
     groups = run.models_by_group(state, checkpoints)
@@ -244,17 +209,6 @@ def score(run: Run, state: RoundState, checkpoints: Checkpoints) -> list[ClientS
     settings = GenerationSettings(tokenizer.eos_token_id, evaluation.max_new_tokens, evaluation.batch_size)
     groups = run.models_by_group(state, checkpoints)
     return [scores for models, held_out in groups for scores in evaluate(models, held_out, tokenizer, settings)]
-
-
-def check_scores(run: Run, scores: list[ClientScores]) -> None:
-    """Raises Diverged if the final loss of a client is not finite."""
-    losses = [client["eval_loss"] for client in scores]
-    if wrong := [client for client, loss in enumerate(losses) if loss is None or not np.isfinite(loss)]:
-        names = ", ".join(run.federation.train[client].name for client in wrong[:5])
-        raise Diverged(
-            f"diverged: the evaluation loss of {len(wrong)} of {len(scores)} clients is not finite ({names}): lower "
-            "config.optimizer.learning_rate or config.optimizer.clip_norm"
-        )
 
 
 def run_one(
@@ -278,7 +232,7 @@ def run_one(
         state, totals, compile_seconds = train(run, workdir.metrics, checkpoints)
         started = time.perf_counter()
         scores = score(run, state, checkpoints)
-        check_scores(run, scores)
+        check_scores(run.client_names, scores)
         evaluation_seconds = time.perf_counter() - started
     rounds = [line for line in read_metrics(workdir.metrics.path) if line["run"] == run.name and line["client"] is None]
     timing: Timing = {

@@ -265,7 +265,7 @@ def diverged(checkpoint, tmp_path_factory):
 def test_a_client_that_diverges_is_left_out_and_named(diverged):
     run, process = diverged
     told = [line for line in process.stderr.splitlines() if "left out" in line]
-    assert len(told) == 1 and "one_of_four seed 0, round 2: the update of client shipping is not finite" in told[0]
+    assert len(told) == 1 and "one_of_four-seed0, round 2: the update of client shipping is not finite" in told[0]
     (entry,) = [entry for entry in read(run)["runs"] if entry["method"] == "one_of_four"]
     assert [client["rounds_left_out"] for client in entry["clients"]] == [0, 0, 1, 0]
     assert all(client["eval_loss"] > 0 for client in entry["clients"])

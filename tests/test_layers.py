@@ -25,7 +25,7 @@ LAYERS = [
     ["flex_jax.reporting"],
     ["flex_jax.memory"],
     ["flex_jax.building"],
-    ["flex_jax.workdir"],
+    ["flex_jax.workdir", "flex_jax.divergence"],
     ["flex_jax.training"],
     ["flex_jax.experiment", "flex_jax.restored_run"],
     ["flex_jax.main", "flex_jax.generate", "flex_jax.export"],
