@@ -15,7 +15,7 @@ REMEDY = "lower config.optimizer.learning_rate or config.optimizer.clip_norm"
 
 
 def check_round(
-    settings: Settings, names: Sequence[str], number: int, cohort: np.ndarray, measured: dict[str, dict]
+    settings: Settings, names: list[str], number: int, cohort: np.ndarray, measured: dict[str, dict]
 ) -> np.ndarray:
     """Returns which clients of a cohort, bool [C], are left out of a round because their update is not finite.
 
@@ -25,7 +25,7 @@ def check_round(
     finite = measured["clients"]["finite"]
     left = int(finite.sum())
     if 2 * left < len(finite) or check_cohort(settings.aggregation, settings.byzantine, left):
-        wrong = ", ".join(names[client] for client in cohort[~finite][:5])
+        wrong = ", ".join(names[client] for client in cohort[~finite][:5].tolist())
         raise Diverged(
             f"diverged in round {number + 1}: of {len(finite)} clients {len(finite) - left} have an update that is not "
             f"finite ({wrong}): {REMEDY}; the state after round {number} is stored"

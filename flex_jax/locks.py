@@ -61,7 +61,17 @@ def removing(directory: Path, *, wait: bool = False) -> Iterator[bool]:
         yield _acquire(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _acquire(file: IO[str], operation: int) -> bool:
+@contextmanager
+def locked_directory(directory: Path) -> Iterator[bool]:
+    """Holds a directory for this process. Yields whether it does: another one may have it."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield _acquire(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(handle)
+
+
+def _acquire(file: IO[str] | int, operation: int) -> bool:
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flex_jax import export, load_pretrained
+from flex_jax.locks import locked_directory
 from flex_jax.main import main
 from flex_jax.models.export import transformers
 from flex_jax.models.families import FAMILIES
@@ -143,6 +144,16 @@ def test_nothing_is_half_written(workdir, tmp_path, monkeypatch, capsys):
     assert run_export(workdir, tmp_path / "out") == 0
     assert names(tmp_path) == {"out", "out.partial"} and names(tmp_path / "out.partial") == {"part-0"}
     assert names(tmp_path / "out") == {"adapter_config.json", ADAPTER}
+
+
+def test_what_a_killed_export_has_left_is_removed(workdir, tmp_path):
+    """What another one is writing stays."""
+    for name in ("out.partial-killed", "out.partial-writing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-0").write_text("torn")
+    with locked_directory(tmp_path / "out.partial-writing"):
+        assert run_export(workdir, tmp_path / "out") == 0
+    assert names(tmp_path) == {"out", "out.partial-writing"}
 
 
 def test_families_without_a_class_in_transformers(tmp_path):
