@@ -108,7 +108,7 @@ def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict]
     data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
     cohort, evaluation = config.cohort or config.clients, config.evaluation
     examples = cohort * config.local_steps * config.batch_size
-    keys = "config.local_steps, config.batch_size, config.sequence_length or config.cohort"
+    keys = "config.local_steps, config.batch_size, config.sequence_length, config.clients or config.cohort"
     check_tokens(f"a round's batches of {examples} examples", examples, length, keys)
     kind, column, categories = data.partition, data.column, data.categories
     settings = PartitionSettings(kind, column, categories, data.alpha, data.examples_per_client, data.test_examples)
@@ -119,13 +119,15 @@ def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict]
     )
     prompts = [[encode_prompt(record, tokenizer, length) for record in client.test] for client in clients]
     examples = len(test) * max(evaluation.batch_size, *(len(client.tokens) for client in test))
-    check_tokens(f"evaluation on {examples} examples", examples, length, "config.evaluation.batch_size")
+    check_tokens(
+        f"evaluation on {examples} examples", examples, length, "config.evaluation.batch_size or config.clients"
+    )
     prompt_length = max(len(prompt) for client in prompts for prompt in client)
     check_generation(
         backbone.model,
         backbone.params,
         (cohort, evaluation.batch_size, prompt_length + evaluation.max_new_tokens),
-        "config.evaluation.batch_size, config.evaluation.max_new_tokens or config.cohort",
+        "config.evaluation.batch_size, config.evaluation.max_new_tokens, config.clients or config.cohort",
         num_devices=backbone.mesh.size if backbone.mesh else 1,
     )
     batches = evaluation_batches(test, evaluation.batch_size)

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flex_jax.command import Parser, run_command
-from flex_jax.config import SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
+from flex_jax.config import OVERRIDABLE_SECTIONS, SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
 from flex_jax.errors import InputError
 
 HPARAMS_HELP = """  --config.hparams.METHOD.NAME=VALUE
@@ -44,13 +44,27 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
     override(config, rest)
     name_methods(config)
     validate(config)
-    for match in filter(None, map(re.compile(r"--?config\.(?:overrides|hparams)\.(\w+)").match, rest)):
-        if match[1] not in config.methods:
-            raise InputError(f"{match[0]}: no run has this name: config.methods has {', '.join(config.methods)}")
+    check_method_flags(
+        config, [match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, rest) if match]
+    )
     workdir = options.workdir or Path("runs") / Path(options.config).stem
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir {workdir}: is a file, must be a directory or not exist yet")
     return config, workdir
+
+
+def check_method_flags(config: ConfigDict, keys: list[str]) -> None:
+    """Raises InputError for a flag of a method that does not run. Tells on stderr which flags the overrides hide."""
+    for section, name, *_ in (key.split(".") for key in keys if key.startswith(("overrides.", "hparams."))):
+        if name not in config.methods:
+            methods = ", ".join(config.methods)
+            raise InputError(f"--config.{section}.{name}: no run has this name: config.methods has {methods}")
+    for key in dict.fromkeys(key for key in keys if key.split(".")[0] in OVERRIDABLE_SECTIONS):
+        section, name = key.split(".")
+        hidden = [method for method in config.methods if name in config.overrides.get(method, {}).get(section, {})]
+        if hidden := [method for method in hidden if f"overrides.{method}.{key}" not in keys]:
+            where = ", ".join(f"config.overrides.{method}" for method in hidden)
+            print(f"flex_jax: --config.{key} does not reach all methods: it is also in {where}", file=sys.stderr)
 
 
 def load(path: str) -> ConfigDict:

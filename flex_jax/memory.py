@@ -27,20 +27,18 @@ def device_memory() -> int:
 def check_memory(what: str, needed: float, limit: float, keys: str) -> None:
     """Raises InputError that names the keys to lower if `needed` bytes are more than the limit."""
     if needed > limit:
-        sizes = f"needs about {human_bytes(needed)} of memory, and there are {human_bytes(limit)}"
+        sizes = f"would take about {human_bytes(needed)} of memory, and there are {human_bytes(limit)}"
         raise InputError(f"{what} {sizes}: lower {keys}")
 
 
 def check_plan(name: str, plan: Plan) -> None:
     """Raises InputError if a method's round clearly does not fit on a device."""
+    adapters = plan.peak_bytes - plan.frozen_bytes - plan.activation_bytes
     parts = {
         "the size of the model, or use config.model.quantisation": plan.frozen_bytes,
-        "config.batch_size, config.sequence_length or config.cohort": plan.activation_bytes,
+        "config.batch_size, config.sequence_length, config.clients or config.cohort": plan.activation_bytes,
+        "config.lora.rank, config.slot.rank, config.clients, config.cohort or a size in config.hparams": adapters,
     }
-    adapters = plan.peak_bytes - sum(parts.values())
-    parts["config.lora.rank, config.slot.rank, config.slot.experts, config.cohort or a size in config.hparams"] = (
-        adapters
-    )
     keys = max(parts, key=lambda key: parts[key])
     if plan.peak_bytes > PLAN_MARGIN * device_memory():
         check_memory(f"method {name}: a round on one device", plan.peak_bytes, device_memory(), keys)

@@ -102,6 +102,18 @@ def test_the_last_of_equal_flags_replaces(run, config_file, arguments, key, valu
     assert found == value
 
 
+def test_a_flag_that_overrides_hide_is_told(run, config_file, capsys):
+    path = config_file(
+        'config.overrides.flex = {"lora": {"rank": 2}}\nconfig.overrides.local = {"lora": {"rank": 3}}\nreturn config'
+    )
+    assert (
+        run("--config", path, "--config.lora.rank=4", "--config.overrides.local.lora.rank=4", "--config.rounds=2")[0]
+        == 0
+    )
+    told = "--config.lora.rank does not reach all methods: it is also in config.overrides.flex\n"
+    assert capsys.readouterr().err == f"flex_jax: {told}"
+
+
 def test_one_override_of_a_method_keeps_those_of_the_file(run, config_file):
     path = config_file(
         'config.overrides.flex = {"optimizer": {"learning_rate": 1}, "slot": {"experts": 2}}\nreturn config'
