@@ -14,6 +14,7 @@ from flex_jax.config import for_method, nearest_key
 from flex_jax.data.batches import ClientDataset, encode_client, evaluation_batches
 from flex_jax.data.partition import PartitionSettings, partition
 from flex_jax.data.prompts import check_tokenizer, encode_prompt
+from flex_jax.data.sources import Data, load_data
 from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut
 from flex_jax.federated.aggregation import check_cohort
@@ -99,12 +100,25 @@ def build_backbone(config: ConfigDict) -> Backbone:
     return Backbone(model.clone(remat=config.model.remat), params, tokenizer, mesh)
 
 
-def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict], seed: int) -> Federation:
+def load_data_of(config: ConfigDict) -> Data:
+    """Returns the records of config.data."""
+    data = config.data
+    return load_data(
+        data.path,
+        split=data.split,
+        test_split=data.test_split,
+        fields=data.fields,
+        column=data.column if data.partition == "column" else "",
+        skip_empty=data.skip_empty,
+    )
+
+
+def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed: int) -> Federation:
     """Divides the records among clients and encodes them."""
     data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
     kind, column, categories = data.partition, data.column, data.categories
     settings = PartitionSettings(kind, column, categories, data.alpha, data.examples_per_client, data.test_examples)
-    clients = partition(records, settings, num_clients=config.clients, seed=seed)
+    clients = partition(source.train, settings, num_clients=config.clients, seed=seed)
     train, test = (
         [encode_client(client.name, getattr(client, part), tokenizer, length) for client in clients]
         for part in ("train", "test")
