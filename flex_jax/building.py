@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from flex_jax import tiny
 from flex_jax.config import for_method, nearest_key
 from flex_jax.data.batches import ClientDataset, encode_client, evaluation_batches
-from flex_jax.data.partition import PartitionSettings, partition
+from flex_jax.data.partition import PartitionSettings, partition, partition_notes
 from flex_jax.data.prompts import check_tokenizer, encode_prompt
 from flex_jax.data.sources import Data, load_data
 from flex_jax.errors import InputError
@@ -46,6 +46,7 @@ class Federation(NamedTuple):
 
     train: list[ClientDataset]
     held_out: HeldOut
+    notes: list[str]  # a line for each thing about them that is not as expected
 
 
 class ResolvedMethod(NamedTuple):
@@ -118,14 +119,15 @@ def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed:
     data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
     kind, column, categories = data.partition, data.column, data.categories
     settings = PartitionSettings(kind, column, categories, data.alpha, data.examples_per_client, data.test_examples)
-    clients = partition(source.train, settings, num_clients=config.clients, seed=seed)
+    clients = partition(source.train, settings, num_clients=config.clients, seed=seed, test=source.test)
     train, test = (
         [encode_client(client.name, getattr(client, part), tokenizer, length) for client in clients]
         for part in ("train", "test")
     )
     prompts = [[encode_prompt(record, tokenizer, length) for record in client.test] for client in clients]
     batches = evaluation_batches(test, config.evaluation.batch_size)
-    return Federation(train, HeldOut([client.test for client in clients], prompts, batches))
+    notes = partition_notes(source.train, clients, source.test)
+    return Federation(train, HeldOut([client.test for client in clients], prompts, batches), notes)
 
 
 def resolve_method(config: ConfigDict, name: str) -> ResolvedMethod:

@@ -59,7 +59,6 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         read_availability(config.availability, config.clients, config.cohort or config.clients)
     with lock_workdir(workdir):
         data = load_data_of(config)
-        print(f"flex_jax: data: {data.summary}", file=sys.stderr)
         inputs = inputs_of(config, resolved, data)
         check(workdir, config, inputs)
         backbone = build_backbone(config)
@@ -68,6 +67,8 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         results = read_results(workdir) or new_results()
         check_results(results, methods, workdir, inputs)
         held = take_up(workdir, config, inputs)
+        for line in (data.summary, *federations[config.seeds[0]].notes):
+            print(f"flex_jax: data: {line}", file=sys.stderr)
         print(plan_table([plan_row(method) for method in methods]), flush=True)
         run_all(methods, backbone, federations, held, results)
         if results["runs"] or diverged_methods(results):
