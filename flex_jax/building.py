@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from flex_jax import tiny
 from flex_jax.config import OPEN_SECTIONS, for_method, nearest_key
 from flex_jax.data.batches import ClientDataset, encode_client, evaluation_batches
-from flex_jax.data.partition import PartitionSettings, partition
+from flex_jax.data.partition import PartitionSettings, partition, partition_notes
 from flex_jax.data.prompts import check_tokenizer, encode_prompt
+from flex_jax.data.sources import Data, load_data
 from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut
 from flex_jax.federated.aggregation import check_cohort
@@ -47,6 +48,7 @@ class Federation(NamedTuple):
 
     train: list[ClientDataset]
     held_out: HeldOut
+    notes: list[str]  # a line for each thing about them that is not as expected
 
 
 class ResolvedMethod(NamedTuple):
@@ -103,7 +105,20 @@ def build_backbone(config: ConfigDict) -> Backbone:
     return Backbone(model.clone(remat=config.model.remat), params, tokenizer, mesh)
 
 
-def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict], seed: int) -> Federation:
+def load_data_of(config: ConfigDict) -> Data:
+    """Returns the records of config.data."""
+    data = config.data
+    return load_data(
+        data.path,
+        split=data.split,
+        test_split=data.test_split,
+        fields=data.fields,
+        column=data.column if data.partition == "column" else "",
+        skip_empty=data.skip_empty,
+    )
+
+
+def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed: int) -> Federation:
     """Divides the records among clients and encodes them. Raises InputError for sizes that memory cannot hold."""
     data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
     cohort, evaluation = config.cohort or config.clients, config.evaluation
@@ -112,7 +127,7 @@ def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict]
     check_tokens(f"a round's batches of {examples} examples", examples, length, keys)
     kind, column, categories = data.partition, data.column, data.categories
     settings = PartitionSettings(kind, column, categories, data.alpha, data.examples_per_client, data.test_examples)
-    clients = partition(records, settings, num_clients=config.clients, seed=seed)
+    clients = partition(source.train, settings, num_clients=config.clients, seed=seed, test=source.test)
     train, test = (
         [encode_client(client.name, getattr(client, part), tokenizer, length) for client in clients]
         for part in ("train", "test")
@@ -131,7 +146,8 @@ def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict]
         num_devices=backbone.mesh.size if backbone.mesh else 1,
     )
     batches = evaluation_batches(test, evaluation.batch_size)
-    return Federation(train, HeldOut([client.test for client in clients], prompts, batches))
+    notes = partition_notes(source.train, clients, source.test)
+    return Federation(train, HeldOut([client.test for client in clients], prompts, batches), notes)
 
 
 def resolve_method(config: ConfigDict, name: str) -> ResolvedMethod:

@@ -69,8 +69,12 @@ SCHEMA = {
     "mesh.fsdp": Key(1, at_least(1), "devices among which a client's batch and the backbone are divided"),
     "mesh.expert": Key(1, at_least(1), "devices for expert parallelism: tokens are exchanged, experts stay"),
     "data.path": Key("tiny", TEXT, "tiny (the embedded data), a file, a directory or a Hugging Face data set"),
-    "data.split": Key("train", TEXT, "split of a Hugging Face data set"),
-    "data.fields": Key("auto", TEXT, "which columns are instruction and response; auto finds out"),
+    "data.split": Key("train", TEXT, "split of a directory or Hugging Face data set to train on"),
+    "data.test_split": Key("", ANY_TEXT, "split with the test records; empty: test records are held out of data.split"),
+    "data.fields": Key(
+        "auto", TEXT, "columns of a prompt: auto, or pairs such as instruction=question,response=answer"
+    ),
+    "data.skip_empty": Key(False, FLAG, "leave out records without an instruction or response, and say how many"),
     "data.partition": Key(
         "pathological",
         one_of("pathological", "dirichlet", "dirichlet_split", "iid", "column"),

@@ -15,12 +15,12 @@ from flex_jax.building import (
     build_backbone,
     build_federation,
     check_method_names,
+    load_data_of,
     plan_row,
     prepare_method,
     resolve_method,
 )
 from flex_jax.config import name_methods, validate
-from flex_jax.data.sources import load_records
 from flex_jax.errors import Diverged, FailedRuns, InputError
 from flex_jax.federated.cohort import read_availability
 from flex_jax.files import write_text
@@ -59,22 +59,24 @@ def run(config: ConfigDict, workdir: Path) -> Results:
     if config.availability:
         read_availability(config.availability, config.clients, config.cohort or config.clients)
     with lock_workdir(workdir):
-        records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
-        inputs = inputs_of(config, resolved, records)
+        data = load_data_of(config)
+        inputs = inputs_of(config, resolved, data)
         check(workdir, config, inputs)
         backbone = build_backbone(config)
-        federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
+        federations = {seed: build_federation(config, backbone, data, seed) for seed in config.seeds}
         methods = [prepare_method(method, backbone) for method in resolved]
         for method in methods:
             check_plan(method.name, method.plan)
         results = read_results(workdir) or new_results()
         check_results(results, methods, workdir, inputs)
         held = take_up(workdir, config, inputs)
+        for line in (data.summary, *federations[config.seeds[0]].notes):
+            print(f"flex_jax: data: {line}", file=sys.stderr)
         print(plan_table([plan_row(method) for method in methods]), flush=True)
         run_all(methods, backbone, federations, held, results)
         if results["runs"] or diverged_methods(results):
             notes = [comparison_note(config, methods), *([config.note] if config.note else [])]
-            report(config, held, results, notes)
+            report(config, held, results, notes, data.summary)
     if failures := results["failures"]:
         first = f"{failures[0]['method']} seed {failures[0]['seed']}: {failures[0]['error']}"
         runs = len(config.methods) * len(config.seeds)
@@ -114,7 +116,7 @@ def run_all(
         raise unwritten
 
 
-def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[str]) -> None:
+def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[str], data: str) -> None:
     """Writes report.html and summary.txt, and prints the summary."""
     metrics = read_metrics(workdir.metrics.path)
     for entry in results["runs"]:
@@ -126,7 +128,7 @@ def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[s
                 file=sys.stderr,
             )
     page = workdir.path / "report.html"
-    write_report(page, results, metrics, notes=notes, config=config.to_dict())
+    write_report(page, results, metrics, notes=notes, config=config.to_dict(), data=data)
     write_text(workdir.path / "summary.txt", f"{summary_table(results)}\n")
     print(summary_table(results))
     print(f"report: {page}")

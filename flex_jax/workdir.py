@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from flex_jax.building import ResolvedMethod, checkpoint_name
 from flex_jax.config import default_config, validate
+from flex_jax.data.sources import Data
 from flex_jax.errors import InputError
 from flex_jax.files import read_text, sweep, write_json
 from flex_jax.fingerprint import Fingerprint, differences, of_files, of_records
@@ -100,9 +101,11 @@ def run_identity(name: str, config: ConfigDict, seed: int, inputs: Inputs) -> di
     return keys | {"seed": seed, "inputs": {name: inputs[name] for name in sorted(inputs) if name.startswith(own)}}
 
 
-def inputs_of(config: ConfigDict, methods: list[ResolvedMethod], records: list[dict[str, str]]) -> Inputs:
+def inputs_of(config: ConfigDict, methods: list[ResolvedMethod], data: Data) -> Inputs:
     """Returns the fingerprints of everything that an experiment reads."""
-    inputs = {"data.path": of_records(records)}
+    inputs = {"data.path": of_records(data.train)}
+    if data.test is not None:
+        inputs["data.path, test split"] = of_records(data.test)
     if config.availability:
         inputs |= of_files({"availability": Path(config.availability)})
     for method in methods:

@@ -56,8 +56,13 @@ HEAD = f"""<!DOCTYPE html>
 <body><main><h1>Federated personalisation report</h1>"""
 
 
-def write_report(path: Path, results: Results, metrics: Metrics, *, notes: Sequence[str], config: Mapping) -> None:
-    """Writes the page, atomically. The notes tell a reader how to judge the numbers. The config is shown in full."""
+def write_report(
+    path: Path, results: Results, metrics: Metrics, *, notes: Sequence[str], config: Mapping, data: str = ""
+) -> None:
+    """Writes the page, atomically. The notes tell a reader how to judge the numbers. The config is shown in full.
+
+    `data` says in a line which columns of the data are in the prompts.
+    """
     runs = tables.ranked_runs(results)
     leading = dict(islice(runs.items(), LEADING))
     words = f" The {LEADING} best of {len(runs)} methods by ROUGE-L." if len(runs) > LEADING else ""
@@ -78,7 +83,7 @@ def write_report(path: Path, results: Results, metrics: Metrics, *, notes: Seque
             "Communication, size and time": _costs(runs),
             "Examples": _examples(runs),
         }
-    sections["Configuration, versions and device"] = _environment(results, config)
+    sections["Configuration, versions and device"] = _environment(results, config, data)
     parts = [f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content]
     write_text(path, "\n".join([HEAD, _facts(results, runs, metrics), *parts, "</main></body></html>\n"]))
 
@@ -206,11 +211,11 @@ def _examples(runs: Runs) -> str:
     return "".join(blocks)
 
 
-def _environment(results: Results, config: Mapping) -> str:
+def _environment(results: Results, config: Mapping, data: str) -> str:
     versions = _table(["package", "version"], (map(_text, item) for item in results["versions"].items()), "")
     keys = _table(["key", "value"], (map(_text, item) for item in _flat(config)), "")
     return (
-        f"<p>Device: {_text(results['device'])}</p>{versions}"
+        (f"<p>Data: {_text(data)}</p>" if data else "") + f"<p>Device: {_text(results['device'])}</p>{versions}"
         f"<details><summary>Every config key</summary>{keys}</details>"
     )
 
