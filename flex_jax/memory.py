@@ -45,8 +45,8 @@ def check_plan(name: str, plan: Plan) -> None:
 
 
 def check_tokens(what: str, num_examples: int, sequence_length: int, keys: str) -> None:
-    """Raises InputError if the host cannot hold a `Batch` of so many examples and the parts it is stacked from."""
-    check_memory(what, 2 * num_examples * sequence_length * (4 + 4), host_memory(), keys)
+    """Raises InputError if the host cannot hold the tokens and masks of so many examples."""
+    check_memory(what, num_examples * sequence_length * (4 + 4), host_memory(), keys)
 
 
 def check_generation(

@@ -48,9 +48,9 @@ def test_a_plan_far_above_the_memory_names_what_takes_most(small, parts, keys):
 
 
 def test_tokens_of_a_round_are_held_against_the_machine(small):
-    check_tokens("a round", 10 * 2**20, 64, "config.local_steps")
+    check_tokens("a round", 20 * 2**20, 64, "config.local_steps")
     with pytest.raises(InputError, match="a round would take about 20 GiB of memory, and there are 10 GiB: lower "):
-        check_tokens("a round", 20 * 2**20, 64, "config.local_steps")
+        check_tokens("a round", 40 * 2**20, 64, "config.local_steps")
 
 
 def test_a_cache_is_counted_by_hand(monkeypatch, model, params):
