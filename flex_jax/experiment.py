@@ -33,7 +33,7 @@ from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import diverged_methods, plan_table, summary_table
 from flex_jax.results import Failure, Results, read_results, summarise, write_results
 from flex_jax.training import run_one
-from flex_jax.workdir import Inputs, Workdir, check, inputs_of, run_identity, take_up
+from flex_jax.workdir import Workdir, check, inputs_of, run_identity, take_up
 
 PACKAGES = ("flex_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -68,8 +68,9 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         for method in methods:
             check_plan(method.name, method.plan)
         results = read_results(workdir) or new_results()
-        check_results(results, methods, workdir, inputs)
-        held = take_up(workdir, config, inputs)
+        client_names = [dataset.name for dataset in federations[config.seeds[0]].train]
+        held = take_up(workdir, config, inputs, client_names)
+        check_results(results, methods, held)
         for line in (data.summary, *federations[config.seeds[0]].notes):
             print(f"flex_jax: data: {line}", file=sys.stderr)
         print(plan_table([plan_row(method) for method in methods]), flush=True)
@@ -134,15 +135,15 @@ def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[s
     print(f"report: {page}")
 
 
-def check_results(results: Results, methods: list[PreparedMethod], workdir: Path, inputs: Inputs) -> None:
+def check_results(results: Results, methods: list[PreparedMethod], workdir: Workdir) -> None:
     """Raises InputError if results are of another config or other inputs. Tells if they are of other packages."""
     configs = {method.name: method.config for method in methods}
     for run in results["runs"]:
         name, seed = run["method"], run["seed"]
-        known = name in configs and digest_json(run_identity(name, configs[name], seed, inputs))
-        if run["identity"] != known:
+        known = name in configs and run_identity(name, configs[name], seed, workdir.inputs, workdir.client_names)
+        if not known or run["identity"] != digest_json(known):
             raise InputError(
-                f"{workdir / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the "
+                f"{workdir.path / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the "
                 "file away, or give another --workdir"
             )
     now = new_results()
@@ -153,7 +154,7 @@ def check_results(results: Results, methods: list[PreparedMethod], workdir: Path
         if (found := (now["versions"] | {"device": now["device"]}).get(name)) != value
     ]
     if changed:
-        print(f"flex_jax: the results in {workdir} began with {'; '.join(changed)}", file=sys.stderr)
+        print(f"flex_jax: the results in {workdir.path} began with {'; '.join(changed)}", file=sys.stderr)
 
 
 def failure_file(workdir: Path, name: str, seed: int) -> Path:

@@ -226,7 +226,8 @@ def run_one(
         expert_index = select_experts(config, backbone, federation, jax.random.fold_in(key, SELECTION_KEY))
         graft_seconds = time.perf_counter() - started
     first = start_run(config, prepared.spec, backbone, expert_index, key)
-    run = Run(prepared, backbone, federation, seed, first, run_identity(prepared.name, config, seed, workdir.inputs))
+    identity = run_identity(prepared.name, config, seed, workdir.inputs, workdir.client_names)
+    run = Run(prepared, backbone, federation, seed, first, identity)
     directory = workdir.path / "checkpoints" / run.name
     with Checkpoints(directory, first.init_clients, config.clients, run.identity) as checkpoints:
         state, totals, compile_seconds = train(run, workdir.metrics, checkpoints)
