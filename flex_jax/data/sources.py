@@ -95,13 +95,12 @@ def _records(rows: list[Row], columns: Columns) -> list[Record]:
             records.append(make_record(place, row, columns))
         except InputError as error:
             wrong.append(str(error))
-    if len(wrong) > 1:
+    if wrong:
+        count = f"{len(wrong)} of {len(rows)} records cannot be used: " if len(wrong) > 1 else ""
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         empty = sum(not has_texts(row, columns) for _, row in rows)
         advice = f"; data.skip_empty=True leaves out the {empty} without an instruction or response" if empty else ""
-        raise InputError(f"{len(wrong)} of {len(rows)} records cannot be used: {'; '.join(wrong[:5])}{more}{advice}")
-    if wrong:
-        raise InputError(wrong[0])
+        raise InputError(f"{count}{'; '.join(wrong[:5])}{more}{advice}")
     return records
 
 
