@@ -176,7 +176,8 @@ def _saved_rows(directory: Path, wanted: list[str]) -> dict[str, list[Row]]:
 
     try:
         saved = datasets.load_from_disk(str(directory))
-        splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        named = saved if isinstance(saved, dict) else {saved.split or "train": saved}
+        splits = {str(split): rows for split, rows in named.items()}
         rows = {split: numbered(f"{directory} ({split})", splits[split]) for split in wanted if split in splits}
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory}: not a readable data set of save_to_disk ({one_line(error)})") from error
