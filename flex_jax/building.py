@@ -14,7 +14,7 @@ from flex_jax import tiny
 from flex_jax.config import OPEN_SECTIONS, for_method, nearest_key
 from flex_jax.data.batches import ClientDataset, encode_client, evaluation_batches
 from flex_jax.data.partition import PartitionSettings, partition, partition_notes
-from flex_jax.data.prompts import check_tokenizer, encode_prompt
+from flex_jax.data.prompts import check_round_trip, check_tokenizer, encode_prompt
 from flex_jax.data.sources import Data, load_data
 from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut
@@ -32,6 +32,8 @@ from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.export.peft import load_adapter
 from flex_jax.models.sharding import AXES, make_mesh, param_sharding
+
+ROUND_TRIPS = 200  # records whose tokens are decoded again, to see whether the tokenizer loses something
 
 
 class Backbone(NamedTuple):
@@ -122,6 +124,12 @@ def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed:
     """Divides the records among clients and encodes them. Raises InputError for sizes that memory cannot hold."""
     data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
     cohort, evaluation = config.cohort or config.clients, config.evaluation
+    new_tokens, positions = evaluation.max_new_tokens, backbone.model.config.max_position_embeddings
+    if length + new_tokens > positions:
+        raise InputError(
+            f"config.sequence_length {length} with config.evaluation.max_new_tokens {new_tokens} is "
+            f"{length + new_tokens} tokens: the model has {positions} positions"
+        )
     examples = cohort * config.local_steps * config.batch_size
     keys = "config.local_steps, config.batch_size, config.sequence_length, config.clients or config.cohort"
     check_tokens(f"a round's batches of {examples} examples", examples, length, keys)
@@ -147,6 +155,11 @@ def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed:
     )
     batches = evaluation_batches(test, evaluation.batch_size)
     notes = partition_notes(source.train, clients, source.test)
+    if cut := sum(int((client.full_lengths > length).sum()) for client in train):
+        examples = sum(len(client.tokens) for client in train)
+        notes.append(f"{cut} of {examples} training examples are longer than {length} tokens and are cut")
+    if line := check_round_trip(source.train[:: 1 + len(source.train) // ROUND_TRIPS], tokenizer):
+        notes.append(line)
     return Federation(train, HeldOut([client.test for client in clients], prompts, batches), notes)
 
 
