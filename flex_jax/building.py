@@ -1,7 +1,6 @@
 """What all runs of an experiment share, built once: backbone and mesh, clients' data, and each method with its plan."""
 
 import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +31,7 @@ from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.export.peft import load_adapter
 from flex_jax.models.sharding import AXES, make_mesh, param_sharding
+from flex_jax.terminal import tell
 
 ROUND_TRIPS = 200  # records whose tokens are decoded again, to see whether the tokenizer loses something
 
@@ -193,7 +193,7 @@ def check_method_names(config: ConfigDict) -> None:
             if section == "hparams" and (factory := METHODS.get(bases.get(name, name))):
                 check_hparams(factory, config.hparams[name].to_dict(), key)
     if unused:
-        print(f"flex_jax: not used, as config.methods does not name them: config.{', '.join(unused)}", file=sys.stderr)
+        tell(f"not used, as config.methods does not name them: config.{', '.join(unused)}")
 
 
 def build_spec(config: ConfigDict, backbone: Backbone, method: Method) -> MethodSpec:

@@ -1,6 +1,5 @@
 """A whole experiment: build, plan, run every method with every seed, report."""
 
-import sys
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +31,7 @@ from flex_jax.metrics_log import missing_rounds, read_metrics
 from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import diverged_methods, plan_table, summary_table
 from flex_jax.results import Failure, Results, read_results, summarise, write_results
+from flex_jax.terminal import tell
 from flex_jax.training import run_one
 from flex_jax.workdir import Workdir, check, inputs_of, run_identity, take_up
 
@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         held = take_up(workdir, config, inputs, client_names)
         check_results(results, methods, held)
         for line in (data.summary, *federations[config.seeds[0]].notes):
-            print(f"flex_jax: data: {line}", file=sys.stderr)
+            tell(f"data: {line}")
         print(plan_table([plan_row(method) for method in methods]), flush=True)
         run_all(methods, backbone, federations, held, results)
         if results["runs"] or diverged_methods(results):
@@ -91,7 +91,7 @@ def run_all(
     """Runs what is not finished yet, and puts it into `results` and results.json."""
     finished = {(entry["method"], entry["seed"]) for entry in results["runs"]}
     if finished >= {(method.name, seed) for method in methods for seed in federations}:
-        print(f"flex_jax: all {len(finished)} runs in {workdir.path} are finished: nothing was run", file=sys.stderr)
+        tell(f"all {len(finished)} runs in {workdir.path} are finished: nothing was run")
         return
     results["failures"], unwritten = [], None
     for method in methods:
@@ -112,7 +112,7 @@ def run_all(
                 unwritten = None
             except OSError as error:  # the other runs may find space
                 unwritten = error
-                print(f"flex_jax: {error.filename}: {error.strerror}: written after the next run", file=sys.stderr)
+                tell(f"{error.filename}: {error.strerror}: written after the next run")
     if unwritten:
         raise unwritten
 
@@ -123,10 +123,9 @@ def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[s
     for entry in results["runs"]:
         run = f"{entry['method']}-seed{entry['seed']}"
         if missing := missing_rounds(metrics, run, config.rounds):
-            print(
-                f"flex_jax: {workdir.metrics.path} has lost {len(missing)} of {config.rounds} rounds of {run}: its "
-                "learning curve has a gap; scores and bytes do not depend on it",
-                file=sys.stderr,
+            tell(
+                f"{workdir.metrics.path} has lost {len(missing)} of {config.rounds} rounds of {run}: its "
+                "learning curve has a gap; scores and bytes do not depend on it"
             )
     page = workdir.path / "report.html"
     write_report(page, results, metrics, notes=notes, config=config.to_dict(), data=data)
@@ -154,7 +153,7 @@ def check_results(results: Results, methods: list[PreparedMethod], workdir: Work
         if (found := (now["versions"] | {"device": now["device"]}).get(name)) != value
     ]
     if changed:
-        print(f"flex_jax: the results in {workdir.path} began with {'; '.join(changed)}", file=sys.stderr)
+        tell(f"the results in {workdir.path} began with {'; '.join(changed)}")
 
 
 def failure_file(workdir: Path, name: str, seed: int) -> Path:
@@ -168,13 +167,13 @@ def record_failure(workdir: Path, method: PreparedMethod, seed: int, error: Exce
         file.parent.mkdir(exist_ok=True)
         write_text(file, "".join(traceback.format_exception(error)))
     except OSError as unwritable:  # such as a full disk, which may be what broke the run
-        print(f"flex_jax: {unwritable.filename}: {unwritable.strerror}", file=sys.stderr)
+        tell(f"{unwritable.filename}: {unwritable.strerror}")
     frame = "" if isinstance(error, (Diverged, InputError, OSError)) else user_frame(method.config.method, error)
     line = f"{frame}: " if frame else ""
     diverged = isinstance(error, Diverged)
     line += "" if diverged else f"{type(error).__name__}: "
     line += str(error).partition("\n")[0]
-    print(f"flex_jax: {method.name} seed {seed} failed: {line}", file=sys.stderr)
+    tell(f"{method.name} seed {seed} failed: {line}")
     return {"method": method.name, "seed": seed, "error": line, "diverged": diverged}
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from flex_jax.checks import COUNT
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
+from flex_jax.terminal import tell, visible
 
 
 def number(kind: type, allowed: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
@@ -115,10 +116,10 @@ def answer(options: argparse.Namespace) -> None:
         check_generation(run.spec.model, run.frozen.params, shape, "--batch-size or --max-new-tokens")
     progress = f"{run.name} after round {int(run.state.round)} of {run.config.rounds}"
     answering = listing(dict.fromkeys(client_label(client, names) for client in asked))
-    print(f"flex_jax: {progress}, questions: {len(questions)}, answered by {answering}", file=sys.stderr)
+    tell(f"{progress}, questions: {len(questions)}, answered by {answering}")
     texts = answer_all(run, groups, encoded, asked, settings, options)
     if options.out is None:
-        print(texts[0][0])
+        print(visible(texts[0][0]))
         return
     lines = []
     for question, client, turns in zip(questions, asked, texts, strict=True):

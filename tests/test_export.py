@@ -146,6 +146,21 @@ def test_nothing_is_half_written(workdir, tmp_path, monkeypatch, capsys):
     assert names(tmp_path / "out") == {"README.md", "adapter_config.json", ADAPTER}
 
 
+@pytest.mark.parametrize(("target", "copied"), [("blobs/0f", True), ("secret", False)])
+def test_only_files_of_the_checkpoint_are_copied(target, copied, tmp_path, capsys):
+    """A Hugging Face cache has links into its blobs. Any other link may lead to a file of its reader."""
+    base, out = tmp_path / "model/snapshots/1", tmp_path / "out"
+    for folder in (base, out, tmp_path / "model/blobs"):
+        folder.mkdir(parents=True)
+    (base / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / target).write_text("content")
+    (base / "vocab.json").symlink_to(tmp_path / "model" / target)
+    (base / "tokenizer_notes.txt").write_text("another file")
+    transformers.copy_files(base, out, transformers.COPIED)
+    assert names(out) == {"tokenizer.json", *(["vocab.json"] if copied else [])}
+    assert ("vocab.json: not copied" in capsys.readouterr().err) != copied
+
+
 def test_what_a_killed_export_has_left_is_removed(workdir, tmp_path):
     """What another one is writing stays."""
     for name in ("out.partial-killed", "out.partial-writing"):

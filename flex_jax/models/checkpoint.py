@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -29,6 +28,7 @@ from flex_jax.models.families import FAMILIES
 from flex_jax.models.families.family import read_config, weight_map, write_config
 from flex_jax.models.weight_map import WeightMapping
 from flex_jax.ops.quantised import Quantised, dequantise, quantise
+from flex_jax.terminal import tell
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -218,7 +218,7 @@ def _open(directory: Path, stack) -> dict:
 def tell_unread(directory: Path, names: list[str]) -> None:
     """Prints a line on stderr that names the other weights of a directory, if there are any."""
     if unread := sorted(path.name for path in directory.glob("*.safetensors") if path.name not in names):
-        print(f"flex_jax: {directory}: weights not read: {', '.join(map(repr, unread))}", file=sys.stderr)
+        tell(f"{directory}: weights not read: {', '.join(map(repr, unread))}")
 
 
 def open_tensors(file: Path, stack: contextlib.ExitStack) -> dict:
