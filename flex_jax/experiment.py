@@ -68,7 +68,7 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         for method in methods:
             check_plan(method.name, method.plan)
         results = read_results(workdir) or new_results()
-        client_names = [dataset.name for dataset in federations[config.seeds[0]].train]
+        client_names = names_of_clients(federations)
         held = take_up(workdir, config, inputs, client_names)
         check_results(results, methods, held)
         for line in (data.summary, *federations[config.seeds[0]].notes):
@@ -83,6 +83,17 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         runs = len(config.methods) * len(config.seeds)
         raise FailedRuns(f"{len(failures)} of {runs} runs failed ({first}): see {workdir / 'failures'}")
     return results
+
+
+def names_of_clients(federations: dict[int, Federation]) -> list[str]:
+    """Returns the names of the clients by id. Raises InputError if they are not the same for all seeds."""
+    (first, names), *others = {
+        seed: [client.name for client in data.train] for seed, data in federations.items()
+    }.items()
+    for seed, other in others:
+        if other != names:
+            raise InputError(f"the clients of seeds {first} and {seed} have other names: give each a run of its own")
+    return names
 
 
 def run_all(

@@ -52,6 +52,8 @@ def _question(number: int, place: str, row: dict) -> Question:
     if row.get("context") is not None:
         turns[0]["context"] = text_column(place, row, "context", blank=True)
     client = row.get("client")
+    if type(client) not in (int, str, type(None)):
+        raise InputError(f"{place}: client is {client!r:.60}: must be a client's name or index")
     return Question(place, row.get("question_id", number), None if client is None else str(client), turns)
 
 
