@@ -155,9 +155,10 @@ def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed:
     )
     batches = evaluation_batches(test, evaluation.batch_size)
     notes = partition_notes(source.train, clients, source.test)
-    if cut := sum(int((client.full_lengths > length).sum()) for client in train):
-        examples = sum(len(client.tokens) for client in train)
-        notes.append(f"{cut} of {examples} training examples are longer than {length} tokens and are cut")
+    for kind, datasets in (("training", train), ("test", test)):
+        full_lengths = np.concatenate([client.full_lengths for client in datasets])
+        if cut := np.count_nonzero(full_lengths > length):
+            notes.append(f"{cut} of {len(full_lengths)} {kind} examples are longer than {length} tokens and are cut")
     if line := check_round_trip(source.train[:: 1 + len(source.train) // ROUND_TRIPS], tokenizer):
         notes.append(line)
     return Federation(train, HeldOut([client.test for client in clients], prompts, batches), notes)

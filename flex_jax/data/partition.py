@@ -102,6 +102,11 @@ def partition(
             by_name = dict(_shares(tested, settings, num_clients, seed, [name for name, _ in shares]))
             tests = [by_name[name] for name, _ in shares]
         clients = _hold_out(shares, tests, settings, seed)
+    name, count = Counter(client.name for client in clients).most_common(1)[0]
+    if count > 1:  # category "a" divided in two, and a category "a_1"
+        raise InputError(
+            f"data.partition={settings.kind!r}: {count} clients would be called {name!r}: rename a category"
+        )
     _check_not_empty(clients, settings, test is not None)
     for name in (client.name for client in clients):
         if name == SHARED or re.fullmatch(r"#\d+", name):
