@@ -13,8 +13,8 @@ from flex_jax.tiny import CHECKPOINT
 
 
 @pytest.fixture(scope="module")
-def backbone(model_config):
-    return Backbone(Decoder(model_config), {}, AutoTokenizer.from_pretrained(CHECKPOINT))  # it has 4,096 positions
+def backbone(model_config, params):
+    return Backbone(Decoder(model_config), params, AutoTokenizer.from_pretrained(CHECKPOINT))  # it has 4,096 positions
 
 
 def written(path, rows):

@@ -181,7 +181,7 @@ def _saved_rows(directory: Path, wanted: list[str]) -> dict[str, list[Row]]:
         rows = {split: numbered(f"{directory} ({split})", splits[split]) for split in wanted if split in splits}
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory}: not a readable data set of save_to_disk ({one_line(error)})") from error
-    _check_splits(directory, map(str, splits), wanted)
+    _check_splits(directory, splits, wanted)
     return {split: check_rows(directory, rows[split]) for split in wanted}
 
 
