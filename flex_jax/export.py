@@ -16,6 +16,7 @@ from pathlib import Path
 
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
+from flex_jax.files import local_path
 from flex_jax.locks import locked_directory
 
 FORMATS = ("peft", "hf", "hf-merged")
@@ -36,7 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty directory")
     options = parser.parse_args(arguments)
-    options.out = options.out.expanduser().resolve()
+    options.out = local_path(options.out).resolve()
     if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise InputError(f"--out {options.out}: must not exist yet or be an empty directory")
     return options
@@ -122,7 +123,7 @@ def export(arguments: list[str]) -> None:
     lora = has_adapter(model.config, adapters)
     check_format(options.format, label, run.name, family, lora=lora, slot=slot)
     name = checkpoint_name(run.config)
-    base, local = find_checkpoint(name), Path(name).expanduser()
+    base, local = find_checkpoint(name), local_path(name)
     with whole_directory(options.out) as directory:
         if options.format == "peft":
             base_name = str(local.resolve()) if local.exists() else name

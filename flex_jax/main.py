@@ -133,6 +133,7 @@ def _set_hparam(config: ConfigDict, argument: str) -> bool:
         raise InputError(f"--config.{key}: must have a value, as in --config.{key}=0.1")
     try:
         value = ast.literal_eval(text)
+        repr(value)  # Python refuses to write integers of thousands of digits, as an error line would
     except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):  # a text without quotes
         value = text
     _, method, name = key.split(".")

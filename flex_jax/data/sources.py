@@ -23,6 +23,7 @@ from flex_jax.data.columns import (
 )
 from flex_jax.data.readers import CONTROL, SUFFIXES, Row, check_rows, file_rows, numbered, one_line
 from flex_jax.errors import InputError
+from flex_jax.files import local_path
 
 
 class Data(NamedTuple):
@@ -124,7 +125,7 @@ def _odd_characters(rows: list[Row], columns: Columns) -> Iterable[str]:
 
 def _read(path: str, wanted: list[str]) -> tuple[dict[str, list[Row]], list[str]]:
     """Returns the rows of the wanted splits, and the names of data files that are in none of them."""
-    local = Path(path).expanduser()
+    local = local_path(path)
     if path != "tiny" and local.is_dir():
         if any((local / name).exists() for name in ("dataset_dict.json", "state.json")):
             return _saved_rows(local, wanted), []

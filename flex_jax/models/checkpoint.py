@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from flex_jax.errors import InputError
-from flex_jax.files import write_json
+from flex_jax.files import local_path, write_json
 from flex_jax.models.config import ModelConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.families import FAMILIES
@@ -42,16 +42,6 @@ MAX_NAMED_ERRORS = 8  # wrong tensors that the error line names; further ones ar
 SHARD_BYTES = 5e9
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # (path of a parameter, shape) -> sharding
-
-
-def local_path(path) -> Path:
-    """Returns the path, which may start with ~. Raises InputError if no file can have that name."""
-    try:
-        local = Path(path).expanduser()
-        local.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, the home of an unknown user, a NUL
-        raise InputError(f"{str(path)!r}: cannot be a path ({error})") from error
-    return local
 
 
 def find_checkpoint(path) -> Path:
