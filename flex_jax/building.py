@@ -25,6 +25,7 @@ from flex_jax.federated.init import Start, start
 from flex_jax.federated.method import MethodSpec, Settings
 from flex_jax.memory import check_generation, check_tokens
 from flex_jax.methods import METHODS, Method, check_hparams, make_method, user_error, user_frame
+from flex_jax.methods.contract import check_contract
 from flex_jax.models.adapters import AdapterConfig
 from flex_jax.models.checkpoint import find_checkpoint, load_pretrained, read_model_config
 from flex_jax.models.config import LoraConfig, SlotConfig
@@ -263,7 +264,10 @@ def prepare_method(resolved: ResolvedMethod, backbone: Backbone) -> PreparedMeth
     step = StepShape(clients_per_device, config.batch_size // slices, config.sequence_length, slices)
     try:
         spec = build_spec(config, backbone, method)
-        planned = plan(spec, *abstract_state(config, spec, backbone), step)
+        state = abstract_state(config, spec, backbone)
+        plain = spec._replace(method=Method(ownership=((r".*", "shared"),), grafts=method.grafts))
+        check_contract(spec, *state, model_adapters=abstract_state(config, plain, backbone)[1].server.shared)
+        planned = plan(spec, *state, step)
     except Exception as error:  # the file is the user's program, which may raise anything
         if isinstance(error, InputError) or not user_frame(config.method, error):
             raise
