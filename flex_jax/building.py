@@ -265,8 +265,8 @@ def prepare_method(resolved: ResolvedMethod, backbone: Backbone) -> PreparedMeth
     try:
         spec = build_spec(config, backbone, method)
         state = abstract_state(config, spec, backbone)
-        plain = spec._replace(method=Method(ownership=((r".*", "shared"),), grafts=method.grafts))
-        check_contract(spec, *state, model_adapters=abstract_state(config, plain, backbone)[1].server.shared)
+        plain = spec._replace(method=Method(ownership=((r".*", "personal"),), grafts=method.grafts))
+        check_contract(spec, *state, model_adapters=abstract_state(config, plain, backbone)[1].clients.personal)
         planned = plan(spec, *state, step)
     except Exception as error:  # the file is the user's program, which may raise anything
         if isinstance(error, InputError) or not user_frame(config.method, error):
