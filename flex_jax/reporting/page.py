@@ -124,7 +124,7 @@ def _troubles(results: Results) -> Iterable[str]:
         for client in run["clients"]:
             if rounds := client.get("rounds_left_out"):
                 yield (
-                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {rounds} rounds, in "
+                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {rounds} round{'s' * (rounds > 1)}, in "
                     "which its update was not finite."
                 )
 
