@@ -123,9 +123,10 @@ def _troubles(results: Results) -> Iterable[str]:
     for run in results["runs"]:
         for client in run["clients"]:
             if rounds := client.get("rounds_left_out"):
+                often = f"{rounds} round{'s' * (rounds > 1)}"
                 yield (
-                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {rounds} round{'s' * (rounds > 1)}, in "
-                    "which its update was not finite."
+                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {often}, in which its "
+                    "update was not finite."
                 )
 
 
