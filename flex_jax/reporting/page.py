@@ -125,8 +125,8 @@ def _troubles(results: Results) -> Iterable[str]:
             if rounds := client.get("rounds_left_out"):
                 often = f"{rounds} round{'s' * (rounds > 1)}"
                 yield (
-                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {often}, in which its "
-                    "update was not finite."
+                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {often}: its update "
+                    "was not finite."
                 )
 
 
