@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from enum import StrEnum
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from random import Random
 from typing import NamedTuple
 
-CASE_SECONDS = 240
+CASE_SECONDS = 120  # in the process of the case; one that forks programs has five times as much
 
 
 class Outcome(StrEnum):
@@ -29,8 +28,8 @@ class Outcome(StrEnum):
 BAD = (Outcome.TRACEBACK, Outcome.WRONG, Outcome.LOST)
 
 
-class Found(Exception):
-    """Ends a case with an outcome."""
+class Found(BaseException):
+    """Ends a case with an outcome. Like KeyboardInterrupt it is no Exception, so that the package does not handle it."""
 
     def __init__(self, outcome: Outcome, detail: str):
         self.outcome, self.detail = outcome, detail
@@ -58,30 +57,17 @@ class Report(NamedTuple):
     detail: str
 
 
-class Lab(NamedTuple):
-    """What all cases share."""
-
-    folder: Path
-    seed: int
-    quick: bool
-
-    def random(self, *names: object) -> Random:
-        """Returns the random numbers of one purpose, so that a case alone draws what it draws among all."""
-        return Random(" ".join(map(str, (self.seed, *names))))
-
-    def count(self, full: int, quick: int) -> int:
-        return quick if self.quick else full
-
-
 def run_case(case: Case, folder: Path) -> tuple[Outcome, str]:
     """Runs a case. Any error but `Found` counts as a traceback, so that nothing is taken for sound by mistake."""
 
+    seconds = CASE_SECONDS * (1 if case.uses_jax else 5)
+
     def too_slow(*_):
-        raise Found(Outcome.TRACEBACK, f"hangs: not finished after {CASE_SECONDS} s")
+        raise Found(Outcome.TRACEBACK, f"hangs: not finished after {seconds} s")
 
     former = os.getcwd()
     signal.signal(signal.SIGALRM, too_slow)
-    signal.alarm(CASE_SECONDS)
+    signal.alarm(seconds)
     try:
         folder.mkdir(parents=True)
         found = case.run(folder)
@@ -89,7 +75,7 @@ def run_case(case: Case, folder: Path) -> tuple[Outcome, str]:
     except Found as found:
         return found.outcome, found.detail
     except Exception:
-        return Outcome.TRACEBACK, traceback.format_exc()
+        return Outcome.TRACEBACK, traceback.format_exc()[-700:]
     finally:
         signal.alarm(0)
         os.chdir(former)
@@ -105,7 +91,7 @@ def _run_batch(kind: str, cases: list[Case], folder: Path, reports: Connection) 
         reports.send(Report(kind, case.name, *run_case(case, folder / str(number))))
 
 
-def batches(lab: Lab, kinds: dict[str, list[Case]], size: int) -> Iterator[tuple[str, list[Case]]]:
+def batches(kinds: dict[str, list[Case]], size: int) -> Iterator[tuple[str, list[Case]]]:
     """Yields the cases of each kind in batches: those that use JAX many at a time, those that fork one by one."""
     for kind, cases in kinds.items():
         in_process = [case for case in cases if case.uses_jax]
@@ -114,16 +100,16 @@ def batches(lab: Lab, kinds: dict[str, list[Case]], size: int) -> Iterator[tuple
         yield from ((kind, [case]) for case in cases if not case.uses_jax)
 
 
-def run_all(lab: Lab, kinds: dict[str, list[Case]], workers: int) -> Iterator[Report]:
+def run_all(folder: Path, kinds: dict[str, list[Case]], workers: int) -> Iterator[Report]:
     """Runs all cases, `workers` batches at a time, and yields their reports as they come."""
     context = multiprocessing.get_context("fork")
-    waiting = list(enumerate(batches(lab, kinds, size=4)))
+    waiting = list(enumerate(batches(kinds, size=4)))
     running: dict[Connection, tuple] = {}
     while waiting or running:
         while waiting and len(running) < workers:
             number, (kind, cases) = waiting.pop(0)
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_run_batch, args=(kind, cases, lab.folder / f"batch{number}", sender))
+            process = context.Process(target=_run_batch, args=(kind, cases, folder / f"batch{number}", sender))
             process.start()
             sender.close()
             running[receiver] = process, kind, [case.name for case in cases]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.torture.battery import Case, Lab, Outcome
-from tests.torture.programs import Program, Reference, at_call
+from tests.torture.battery import Case, Outcome
+from tests.torture.programs import Lab, Program, Reference, at_call
 
 
 def die() -> None:
@@ -32,8 +32,8 @@ def kill_at_instant(reference: Reference, instants: tuple[float, ...], folder: P
     return reference.resume(workdir, folder)
 
 
-def cases(lab: Lab, references: dict[str, Reference]) -> Iterator[Case]:
-    for name, reference in references.items():
+def cases(lab: Lab) -> Iterator[Case]:
+    for name, reference in lab.references.items():
         random = lab.random("kills", name)
         points = [
             (target, number, after)

@@ -12,22 +12,29 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import load_file
 
 # Imported before the first fork, so that a child needs no seconds for it. None of them begins with JAX's devices.
 import flex_jax.experiment  # noqa: F401
 import flex_jax.restored_run  # noqa: F401
+from flex_jax import export, generate
+from flex_jax.evaluation import answers
 from flex_jax.main import main
 from tests.program import arguments, read_lines
-from tests.torture.battery import Found, Lab, Outcome, require
+from tests.torture.battery import Found, Outcome, require
 
 ROUNDS = 3
 SETTINGS = ("--config.cohort=2", "--config.evaluation.every=1")
@@ -173,10 +180,6 @@ def digest_arrays(arrays: Iterable[tuple[str, Any]]) -> str:
 
 def digest_states(workdir: Path) -> dict[str, str]:
     """Returns digests of the newest state of every server and client of a work directory, read without the package."""
-    import jax
-    import orbax.checkpoint as ocp
-    from safetensors.numpy import load_file
-
     digests = {}
     for run in sorted((workdir / "checkpoints").iterdir()):
         step = max(int(path.name) for path in (run / "server").iterdir() if path.name.isdigit())
@@ -213,7 +216,8 @@ def scores(workdir: Path) -> tuple[Any, Any]:
 class Reference(NamedTuple):
     """A sound, uninterrupted run, by which others are judged."""
 
-    methods: str  # separated by commas
+    methods: tuple[str, ...]
+    more: tuple[str, ...]  # further flags
     folder: Path
 
     @property
@@ -227,8 +231,8 @@ class Reference(NamedTuple):
 
     def command(self, workdir: Path, *more: str) -> list[str]:
         """Returns the command line of this run in another work directory."""
-        methods = f"--config.methods={tuple(self.methods.split(','))!r}"
-        return arguments(self.folder.parent / "model", workdir, methods, *SETTINGS, *more)
+        methods = f"--config.methods={self.methods!r}"
+        return arguments(self.folder.parent / "model", workdir, methods, *SETTINGS, *self.more, *more)
 
     def copy(self, folder: Path, round: int = ROUNDS) -> Path:
         """Returns a copy of the work directory, with all rounds done but not the last evaluation, or as after `round`.
@@ -261,6 +265,24 @@ class Reference(NamedTuple):
         return Outcome.SURVIVED
 
 
+class Lab(NamedTuple):
+    """What all cases share."""
+
+    folder: Path
+    seed: int
+    quick: bool
+    references: dict[str, Reference]  # one of each method
+    pair: Reference  # two methods
+    other_seed: Reference
+
+    def random(self, *names: object) -> Random:
+        """Returns the random numbers of one purpose, so that a case alone draws what it draws among all."""
+        return Random(" ".join(map(str, (self.seed, *names))))
+
+    def count(self, full: int, quick: int) -> int:
+        return quick if self.quick else full
+
+
 def difference(got: Any, wanted: Any, place: str = "") -> str:
     """Returns the first place where two values of JSON's types differ."""
     if isinstance(got, dict) and isinstance(wanted, dict) and got.keys() == wanted.keys():
@@ -283,15 +305,17 @@ def check_refused(finished: Finished, words: str = "") -> Outcome:
     text = "\n".join(finished.lines)
     require(re.search(words, text), Outcome.TRACEBACK, f"the line does not say {words!r}: {text[-300:]}")
     errors = [line for line in finished.lines if line.startswith("flex_jax: error:")]
-    require(finished.status != 2 or len(errors) == 1, Outcome.TRACEBACK, f"{len(errors)} lines of errors: {text[-300:]}")
+    require(
+        finished.status != 2 or len(errors) == 1, Outcome.TRACEBACK, f"{len(errors)} lines of errors: {text[-300:]}"
+    )
     return Outcome.REFUSED
 
 
-def make_reference(lab: Lab, methods: str) -> Reference:
+def make_reference(folder: Path, methods: tuple[str, ...], *more: str) -> Reference:
     """Makes a sound run, with a copy of its work directory after each round."""
-    reference = Reference(methods, lab.folder / methods.replace(",", "+"))
+    reference = Reference(methods, more, folder)
     workdir, counts = reference.workdir, Counter()
-    reference.folder.mkdir()
+    folder.mkdir()
 
     def record() -> None:
         rounds = itertools.count(1)
@@ -301,7 +325,7 @@ def make_reference(lab: Lab, methods: str) -> Reference:
         at_call(
             "orbax.checkpoint:CheckpointManager.save",
             1,
-            lambda: copy(reference.folder / f"round{next(rounds)}"),
+            lambda: copy(folder / f"round{next(rounds)}"),
             workdir,
             after=True,
             onwards=True,
@@ -311,9 +335,47 @@ def make_reference(lab: Lab, methods: str) -> Reference:
         started = time.perf_counter()
         status = main(words)
         facts = {"seconds": time.perf_counter() - started, "calls": counts, "states": digest_states(workdir)}
-        (reference.folder / "facts.json").write_text(json.dumps(facts))
+        (folder / "facts.json").write_text(json.dumps(facts))
         return status
 
-    finished = Program(reference.command(workdir), reference.folder / "log", command=command, fault=record).wait()
+    finished = Program(reference.command(workdir), folder / "log", command=command, fault=record).wait()
     assert finished.status == 0, finished.err
     return reference
+
+
+def models_read(program: str, workdir: Path, client: int, out: Path) -> tuple[Finished, Any]:
+    """Runs generate or export, and returns in addition a digest of the model that it has read; None if it failed."""
+    if program == "export":
+        command = ["--workdir", workdir, "--client", client, "--format", "hf", "--out", out]
+        finished = call(export.main, command)
+        return finished, finished.status == 0 and digest_files(out)
+    read, converse = [], answers.converse
+
+    def watched(models, *args, **kwargs):
+        read.extend(jax.tree_util.tree_leaves((models.server, models.clients)))
+        return converse(models, *args, **kwargs)
+
+    answers.converse = watched
+    try:
+        words = ["--workdir", workdir, "--client", client, "--prompt", "Name one.", "--max-new-tokens", 8]
+        finished = call(generate.main, words)
+    finally:
+        answers.converse = converse
+    return finished, finished.status == 0 and (
+        digest_arrays((str(i), leaf) for i, leaf in enumerate(read)),
+        finished.out,
+    )
+
+
+def digest_files(folder: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))).hexdigest()
+
+
+@cache
+def sound_models(program: str, reference: Reference, client: int) -> list[Any]:
+    """Returns what `models_read` gives for a sound run after each of its rounds."""
+    with tempfile.TemporaryDirectory() as out:
+        return [
+            models_read(program, reference.folder / f"round{number}", client, Path(out) / str(number))[1]
+            for number in range(1, ROUNDS + 1)
+        ]
