@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from flex_jax.building import build_backbone, build_federation, prepare_method, resolve_method, start_run
-from flex_jax.data.sources import load_records
+from flex_jax.data.sources import load_data
 from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.main import load, override
 from flex_jax.metrics_log import MetricsLog
@@ -55,7 +55,7 @@ def measure(config, num_clients: int, folder: Path) -> dict:
     config.clients, config.cohort = num_clients, 20
     backbone = build_backbone(config)
     prepared = prepare_method(resolve_method(config, METHOD), backbone)
-    federation = build_federation(prepared.config, backbone, load_records("tiny"), seed=0)
+    federation = build_federation(prepared.config, backbone, load_data("tiny"), seed=0)
     shape = num_clients, backbone.model.config.num_moe_layers, 1
     expert_index = np.random.default_rng(0).integers(0, backbone.model.config.num_experts, shape).astype(np.int32)
     start = start_run(prepared.config, prepared.spec, backbone, expert_index, jax.random.PRNGKey(0))

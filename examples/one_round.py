@@ -14,7 +14,7 @@ import optax
 from flex_jax import METHODS, MethodSpec, default_config, make_round, start
 from flex_jax.building import build_backbone, build_federation
 from flex_jax.data.batches import round_batches
-from flex_jax.data.sources import load_records
+from flex_jax.data.sources import load_data
 from flex_jax.federated.client import OptimizerSettings
 from flex_jax.federated.ownership import merge
 from flex_jax.models.objective import response_loss
@@ -27,7 +27,7 @@ key = jax.random.PRNGKey(0)
 config = default_config()
 config.data.partition, config.data.column, config.sequence_length = "column", "department", 64
 backbone = build_backbone(config)
-federation = build_federation(config, backbone, load_records("tiny"), seed=0)
+federation = build_federation(config, backbone, load_data("tiny"), seed=0)
 expert_index = select_experts(config, backbone, federation, key)
 spec = MethodSpec(backbone.model, METHODS["flex"]())
 frozen, state, init_clients = start(spec, backbone.params, expert_index, key=key)

@@ -1,6 +1,7 @@
 """What all runs of an experiment share, built once: backbone and mesh, clients' data, and each method with its plan."""
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +11,11 @@ from ml_collections import ConfigDict
 from transformers import AutoTokenizer
 
 from flex_jax import tiny
-from flex_jax.config import for_method, nearest_key
+from flex_jax.config import OPEN_SECTIONS, for_method, nearest_key
 from flex_jax.data.batches import ClientDataset, encode_client, evaluation_batches
-from flex_jax.data.partition import PartitionSettings, partition
+from flex_jax.data.partition import PartitionSettings, partition, partition_notes
 from flex_jax.data.prompts import check_tokenizer, encode_prompt
+from flex_jax.data.sources import Data, load_data
 from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut
 from flex_jax.federated.aggregation import check_cohort
@@ -22,6 +24,7 @@ from flex_jax.federated.cost_model import Plan, StepShape, plan
 from flex_jax.federated.federated_round import CompiledRound, make_round
 from flex_jax.federated.init import Start, start
 from flex_jax.federated.method import MethodSpec, Settings
+from flex_jax.memory import check_generation, check_tokens
 from flex_jax.methods import METHODS, Method, check_hparams, make_method, user_error, user_frame
 from flex_jax.models.adapters import AdapterConfig
 from flex_jax.models.checkpoint import find_checkpoint, load_pretrained, read_model_config
@@ -45,6 +48,7 @@ class Federation(NamedTuple):
 
     train: list[ClientDataset]
     held_out: HeldOut
+    notes: list[str]  # a line for each thing about them that is not as expected
 
 
 class ResolvedMethod(NamedTuple):
@@ -92,26 +96,58 @@ def build_backbone(config: ConfigDict) -> Backbone:
     sharding = param_sharding(mesh) if mesh else None
     model, params = load_pretrained(path, dtype=config.model.dtype, quantisation=quantisation, sharding=sharding)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # transformers does not check its files
-        raise InputError(f"{path}: no usable tokenizer in the checkpoint directory ({error})") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers does not check its files, which are anyone's and can raise anything
+        raise InputError(
+            f"{path}: no usable tokenizer in the checkpoint directory, whose own code is never run ({error})"
+        ) from error
     check_tokenizer(tokenizer, model.config.vocab_size)
     return Backbone(model.clone(remat=config.model.remat), params, tokenizer, mesh)
 
 
-def build_federation(config: ConfigDict, backbone: Backbone, records: list[dict], seed: int) -> Federation:
-    """Divides the records among clients and encodes them."""
+def load_data_of(config: ConfigDict) -> Data:
+    """Returns the records of config.data."""
+    data = config.data
+    return load_data(
+        data.path,
+        split=data.split,
+        test_split=data.test_split,
+        fields=data.fields,
+        column=data.column if data.partition == "column" else "",
+        skip_empty=data.skip_empty,
+    )
+
+
+def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed: int) -> Federation:
+    """Divides the records among clients and encodes them. Raises InputError for sizes that memory cannot hold."""
     data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
+    cohort, evaluation = config.cohort or config.clients, config.evaluation
+    examples = cohort * config.local_steps * config.batch_size
+    keys = "config.local_steps, config.batch_size, config.sequence_length, config.clients or config.cohort"
+    check_tokens(f"a round's batches of {examples} examples", examples, length, keys)
     kind, column, categories = data.partition, data.column, data.categories
     settings = PartitionSettings(kind, column, categories, data.alpha, data.examples_per_client, data.test_examples)
-    clients = partition(records, settings, num_clients=config.clients, seed=seed)
+    clients = partition(source.train, settings, num_clients=config.clients, seed=seed, test=source.test)
     train, test = (
         [encode_client(client.name, getattr(client, part), tokenizer, length) for client in clients]
         for part in ("train", "test")
     )
     prompts = [[encode_prompt(record, tokenizer, length) for record in client.test] for client in clients]
-    batches = evaluation_batches(test, config.evaluation.batch_size)
-    return Federation(train, HeldOut([client.test for client in clients], prompts, batches))
+    examples = len(test) * max(evaluation.batch_size, *(len(client.tokens) for client in test))
+    check_tokens(
+        f"evaluation on {examples} examples", examples, length, "config.evaluation.batch_size or config.clients"
+    )
+    prompt_length = max(len(prompt) for client in prompts for prompt in client)
+    check_generation(
+        backbone.model,
+        backbone.params,
+        (cohort, evaluation.batch_size, prompt_length + evaluation.max_new_tokens),
+        "config.evaluation.batch_size, config.evaluation.max_new_tokens, config.clients or config.cohort",
+        num_devices=backbone.mesh.size if backbone.mesh else 1,
+    )
+    batches = evaluation_batches(test, evaluation.batch_size)
+    notes = partition_notes(source.train, clients, source.test)
+    return Federation(train, HeldOut([client.test for client in clients], prompts, batches), notes)
 
 
 def resolve_method(config: ConfigDict, name: str) -> ResolvedMethod:
@@ -120,20 +156,31 @@ def resolve_method(config: ConfigDict, name: str) -> ResolvedMethod:
     return ResolvedMethod(name, own, make_method(own.method, own.hparams[name].to_dict(), f"config.hparams.{name}"))
 
 
-def check_hparam_names(config: ConfigDict) -> None:
-    """Raises InputError for config.hparams that no run can use, so that none is ignored by mistake."""
-    variants = {name: entry.get("method", name).rpartition(":")[2] for name, entry in config.overrides.items()}
-    for name in config.hparams:
-        shadowed = [run for run in config.methods if run != name and variants.get(run) == name]
-        if name not in config.methods and shadowed:
-            raise InputError(
-                f"config.hparams.{name}: no run has this name; its variant has config.hparams.{shadowed[0]}"
-            )
-        if name not in (*config.methods, *METHODS, *variants):
-            nearest = nearest_key(name, (*config.methods, *METHODS))
-            raise InputError(f"config.hparams.{name} names no method of this run: the nearest is {nearest}")
-        if name in METHODS and name not in config.methods:
-            check_hparams(METHODS[name], config.hparams[name].to_dict(), f"config.hparams.{name}")
+def check_method_names(config: ConfigDict) -> None:
+    """Checks whose config.overrides and config.hparams are, and tells on stderr which of them no run uses.
+
+    Raises InputError for a name that is no method, and for hyperparameters that their method does not have.
+    """
+    bases = {name: entry.get("method", name) for name, entry in config.overrides.items()}
+    variants = [name for name in bases if bases[name] != name]
+    for name in variants:
+        if ":" not in bases[name] and bases[name] not in METHODS:
+            nearest = nearest_key(bases[name], METHODS)
+            raise InputError(f"config.overrides.{name}.method is {bases[name]!r}, no method: the nearest is {nearest}")
+    unused = []
+    for section in OPEN_SECTIONS:
+        for name in (name for name in config[section] if name not in config.methods):
+            key, unused = f"config.{section}.{name}", [*unused, f"{section}.{name}"]
+            shadowed = [run for run in config.methods if bases.get(run, run).rpartition(":")[2] == name]
+            if section == "hparams" and shadowed:
+                raise InputError(f"{key}: no run has this name; its variant has config.hparams.{shadowed[0]}")
+            if name not in (*METHODS, *variants):
+                nearest = nearest_key(name, (*config.methods, *METHODS))
+                raise InputError(f"{key} names no method of this run: the nearest is {nearest}")
+            if section == "hparams" and (factory := METHODS.get(bases.get(name, name))):
+                check_hparams(factory, config.hparams[name].to_dict(), key)
+    if unused:
+        print(f"flex_jax: not used, as config.methods does not name them: config.{', '.join(unused)}", file=sys.stderr)
 
 
 def build_spec(config: ConfigDict, backbone: Backbone, method: Method) -> MethodSpec:

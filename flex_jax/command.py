@@ -1,11 +1,22 @@
-"""What all commands do: one line and exit status 2 for a mistake that the user can mend."""
+"""What all commands do: one line for what the user can mend, and an end in good order when they are stopped."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flex_jax.errors import FailedRuns, InputError
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the signals that end a command in good order
+
+
+class Stopped(BaseException):
+    """A signal asks the process to end. Like KeyboardInterrupt it is no Exception, so that nothing goes on after it."""
+
+    def __init__(self, signal_number: int):
+        self.signal = signal.Signals(signal_number)
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,13 +29,18 @@ class Parser(argparse.ArgumentParser):
 def run_command(function: Callable[[list[str]], None], arguments: list[str], *, interrupted: str) -> int:
     """Runs a command and returns its exit status.
 
-    It is 0, 2 with one line for an InputError, 1 if runs failed, or 130 with the line `interrupted`. A mistake inside
-    the package keeps its traceback.
+    It is 0, 2 with one line for an InputError or for a file that cannot be read or written, 1 if runs failed, or with
+    the line `interrupted` 130 after Ctrl-C and 143 after SIGTERM or SIGHUP. A mistake inside the package keeps its
+    traceback. After a signal the command finishes what it is writing; a second signal ends the process at once.
     """
+    former = _handle_signals()
     try:
         function(arguments)
     except InputError as error:
         print("flex_jax: error:", *str(error).split(), file=sys.stderr)  # one line, whatever the message holds
+        return 2
+    except OSError as error:
+        print("flex_jax: error:", *_describe(error).split(), file=sys.stderr)
         return 2
     except FailedRuns as error:
         print(f"flex_jax: error: {error}", file=sys.stderr)
@@ -32,4 +48,31 @@ def run_command(function: Callable[[list[str]], None], arguments: list[str], *, 
     except KeyboardInterrupt:
         print(f"flex_jax: interrupted: {interrupted}", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        print(f"flex_jax: stopped by {stop.signal.name}: {interrupted}", file=sys.stderr)
+        return 143
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _describe(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
+def _handle_signals() -> dict[signal.Signals, Any]:
+    """Makes the signals raise, once, except those that are ignored (nohup). Returns the handlers before."""
+
+    def stop(number, frame):
+        for one in former:
+            signal.signal(one, signal.SIG_DFL)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
+        return {}
+    former = {number: signal.getsignal(number) for number in STOPPING}
+    former = {number: handler for number, handler in former.items() if handler is not signal.SIG_IGN}
+    for number in former:
+        signal.signal(number, stop)
+    return former

@@ -69,8 +69,12 @@ SCHEMA = {
     "mesh.fsdp": Key(1, at_least(1), "devices among which a client's batch and the backbone are divided"),
     "mesh.expert": Key(1, at_least(1), "devices for expert parallelism: tokens are exchanged, experts stay"),
     "data.path": Key("tiny", TEXT, "tiny (the embedded data), a file, a directory or a Hugging Face data set"),
-    "data.split": Key("train", TEXT, "split of a Hugging Face data set"),
-    "data.fields": Key("auto", TEXT, "which columns are instruction and response; auto finds out"),
+    "data.split": Key("train", TEXT, "split of a directory or Hugging Face data set to train on"),
+    "data.test_split": Key("", ANY_TEXT, "split with the test records; empty: test records are held out of data.split"),
+    "data.fields": Key(
+        "auto", TEXT, "columns of a prompt: auto, or pairs such as instruction=question,response=answer"
+    ),
+    "data.skip_empty": Key(False, FLAG, "leave out records without an instruction or response, and say how many"),
     "data.partition": Key(
         "pathological",
         one_of("pathological", "dirichlet", "dirichlet_split", "iid", "column"),
@@ -153,12 +157,16 @@ def validate(config: ConfigDict) -> None:
     """Raises InputError, naming the key and what is allowed, for the first value that no run can use."""
     validate_keys(config)
     for key, value in _flatten(config):
-        check = find_key(key).check
-        if not check.accepts(value):
-            raise InputError(f"config.{key} is {value!r}: must be {check.allowed}")
+        _validate_value(key, value)
     _validate_together(config, "")
     for method in config.overrides:
         _validate_together(_overridden(config, method), f" with config.overrides.{method}")
+
+
+def _validate_value(key: str, value: Any) -> None:
+    check = find_key(key).check
+    if not check.accepts(value):
+        raise InputError(f"config.{key} is {value!r}: must be {check.allowed}")
 
 
 def validate_keys(config: ConfigDict) -> None:
@@ -209,6 +217,8 @@ def name_methods(config: ConfigDict) -> None:
     path/to/file.py:name becomes a variant called `name`, and config.method, if set, the only one of config.methods.
     Raises InputError if two methods would have the same name.
     """
+    for key in ("method", "methods"):
+        _validate_value(key, config[key])
     given = (config.method,) if config.method else config.methods
     names = []
     for method in given:

@@ -9,5 +9,9 @@ class InputError(Exception):
     """
 
 
+class Diverged(Exception):
+    """A run whose training has become NaN or infinite. Its message says where, and what would help."""
+
+
 class FailedRuns(Exception):
     """Some runs of an experiment failed; the others are finished. The program prints the message, status 1."""

@@ -1,6 +1,5 @@
 """A whole experiment: build, plan, run every method with every seed, report."""
 
-import json
 import sys
 import traceback
 from importlib.metadata import version
@@ -10,25 +9,31 @@ import jax
 from ml_collections import ConfigDict
 
 from flex_jax.building import (
+    Backbone,
+    Federation,
     PreparedMethod,
     build_backbone,
     build_federation,
-    check_hparam_names,
+    check_method_names,
+    load_data_of,
     plan_row,
     prepare_method,
     resolve_method,
 )
 from flex_jax.config import name_methods, validate
-from flex_jax.data.sources import load_records
-from flex_jax.errors import FailedRuns, InputError
+from flex_jax.errors import Diverged, FailedRuns, InputError
 from flex_jax.federated.cohort import read_availability
-from flex_jax.files import write_json, write_text
+from flex_jax.files import write_text
+from flex_jax.fingerprint import digest_json
+from flex_jax.locks import lock_workdir
+from flex_jax.memory import check_plan
 from flex_jax.methods import user_frame
-from flex_jax.metrics_log import MetricsLog, read_metrics
+from flex_jax.metrics_log import missing_rounds, read_metrics
 from flex_jax.reporting.page import write_report
-from flex_jax.reporting.tables import plan_table, summary_table
+from flex_jax.reporting.tables import diverged_methods, plan_table, summary_table
 from flex_jax.results import Failure, Results, read_results, summarise, write_results
 from flex_jax.training import run_one
+from flex_jax.workdir import Inputs, Workdir, check, inputs_of, run_identity, take_up
 
 PACKAGES = ("flex_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -41,51 +46,114 @@ def run(config: ConfigDict, workdir: Path) -> Results:
     under failures/, and the same command tries it again.
 
     Raises:
-        InputError: a mistake in the config, the data or the checkpoint, or a work directory of another config.
+        InputError: a mistake in the config, the data or the checkpoint; a work directory of another config or of other
+            inputs, or one that another process uses.
         FailedRuns: a run failed; raised at the end.
+        OSError: results cannot be written; raised after all runs.
     """
     config = config.copy_and_resolve_references()
     name_methods(config)
     validate(config)
-    check_hparam_names(config)
+    check_method_names(config)
     resolved = [resolve_method(config, name) for name in config.methods]
     if config.availability:
         read_availability(config.availability, config.clients, config.cohort or config.clients)
-    backbone = build_backbone(config)
-    records = load_records(config.data.path, split=config.data.split, fields=config.data.fields)
-    federations = {seed: build_federation(config, backbone, records, seed) for seed in config.seeds}
-    methods = [prepare_method(method, backbone) for method in resolved]
-    check_workdir(workdir, config)
-    metrics = MetricsLog(workdir / "metrics.jsonl")
-    print(plan_table([plan_row(method) for method in methods]), flush=True)
-    results = read_results(workdir) or new_results()
-    finished = {(entry["method"], entry["seed"]) for entry in results["runs"]}
-    results["failures"] = []
-    for method in methods:
-        jax.clear_caches()  # drops the programs of the last method: a process can hold only so many
-        for seed in config.seeds:
-            if (method.name, seed) in finished:
-                continue
-            try:
-                entry = run_one(method, backbone, federations[seed], seed, workdir, metrics)
-            except Exception as error:  # whatever breaks one method must not lose the others
-                results["failures"].append(record_failure(workdir, method, seed, error))
-            else:
-                failure_file(workdir, method.name, seed).unlink(missing_ok=True)
-                results["runs"].append(entry)
-            results["summary"] = summarise(results["runs"])
-            write_results(workdir, results)
-    if results["runs"]:
-        notes = [comparison_note(config, methods), *([config.note] if config.note else [])]
-        write_report(workdir / "report.html", results, read_metrics(metrics.path), notes=notes, config=config.to_dict())
-        write_text(workdir / "summary.txt", f"{summary_table(results)}\n")
-        print(summary_table(results))
-        print(f"report: {workdir / 'report.html'}")
+    with lock_workdir(workdir):
+        data = load_data_of(config)
+        inputs = inputs_of(config, resolved, data)
+        check(workdir, config, inputs)
+        backbone = build_backbone(config)
+        federations = {seed: build_federation(config, backbone, data, seed) for seed in config.seeds}
+        methods = [prepare_method(method, backbone) for method in resolved]
+        for method in methods:
+            check_plan(method.name, method.plan)
+        results = read_results(workdir) or new_results()
+        check_results(results, methods, workdir, inputs)
+        held = take_up(workdir, config, inputs)
+        for line in (data.summary, *federations[config.seeds[0]].notes):
+            print(f"flex_jax: data: {line}", file=sys.stderr)
+        print(plan_table([plan_row(method) for method in methods]), flush=True)
+        run_all(methods, backbone, federations, held, results)
+        if results["runs"] or diverged_methods(results):
+            notes = [comparison_note(config, methods), *([config.note] if config.note else [])]
+            report(config, held, results, notes, data.summary)
     if failures := results["failures"]:
         first = f"{failures[0]['method']} seed {failures[0]['seed']}: {failures[0]['error']}"
         runs = len(config.methods) * len(config.seeds)
         raise FailedRuns(f"{len(failures)} of {runs} runs failed ({first}): see {workdir / 'failures'}")
     return results
+
+
+def run_all(
+    methods: list[PreparedMethod], backbone: Backbone, federations: dict[int, Federation], workdir: Workdir, results
+) -> None:
+    """Runs what is not finished yet, and puts it into `results` and results.json."""
+    finished = {(entry["method"], entry["seed"]) for entry in results["runs"]}
+    if finished >= {(method.name, seed) for method in methods for seed in federations}:
+        print(f"flex_jax: all {len(finished)} runs in {workdir.path} are finished: nothing was run", file=sys.stderr)
+        return
+    results["failures"], unwritten = [], None
+    for method in methods:
+        jax.clear_caches()  # drops the programs of the last method: a process can hold only so many
+        for seed, federation in federations.items():
+            if (method.name, seed) in finished:
+                continue
+            try:
+                entry = run_one(method, backbone, federation, seed, workdir)
+            except Exception as error:  # whatever breaks one method must not lose the others
+                results["failures"].append(record_failure(workdir.path, method, seed, error))
+            else:
+                failure_file(workdir.path, method.name, seed).unlink(missing_ok=True)
+                results["runs"].append(entry)
+            results["summary"] = summarise(results["runs"])
+            try:
+                write_results(workdir.path, results)
+                unwritten = None
+            except OSError as error:  # the other runs may find space
+                unwritten = error
+                print(f"flex_jax: {error.filename}: {error.strerror}: written after the next run", file=sys.stderr)
+    if unwritten:
+        raise unwritten
+
+
+def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[str], data: str) -> None:
+    """Writes report.html and summary.txt, and prints the summary."""
+    metrics = read_metrics(workdir.metrics.path)
+    for entry in results["runs"]:
+        run = f"{entry['method']}-seed{entry['seed']}"
+        if missing := missing_rounds(metrics, run, config.rounds):
+            print(
+                f"flex_jax: {workdir.metrics.path} has lost {len(missing)} of {config.rounds} rounds of {run}: its "
+                "learning curve has a gap; scores and bytes do not depend on it",
+                file=sys.stderr,
+            )
+    page = workdir.path / "report.html"
+    write_report(page, results, metrics, notes=notes, config=config.to_dict(), data=data)
+    write_text(workdir.path / "summary.txt", f"{summary_table(results)}\n")
+    print(summary_table(results))
+    print(f"report: {page}")
+
+
+def check_results(results: Results, methods: list[PreparedMethod], workdir: Path, inputs: Inputs) -> None:
+    """Raises InputError if results are of another config or other inputs. Tells if they are of other packages."""
+    configs = {method.name: method.config for method in methods}
+    for run in results["runs"]:
+        name, seed = run["method"], run["seed"]
+        known = name in configs and digest_json(run_identity(name, configs[name], seed, inputs))
+        if run["identity"] != known:
+            raise InputError(
+                f"{workdir / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the "
+                "file away, or give another --workdir"
+            )
+    now = new_results()
+    before = results["versions"] | {"device": results["device"]}
+    changed = [
+        f"{name} {value}, now {found}"
+        for name, value in before.items()
+        if (found := (now["versions"] | {"device": now["device"]}).get(name)) != value
+    ]
+    if changed:
+        print(f"flex_jax: the results in {workdir} began with {'; '.join(changed)}", file=sys.stderr)
 
 
 def failure_file(workdir: Path, name: str, seed: int) -> Path:
@@ -95,29 +163,18 @@ def failure_file(workdir: Path, name: str, seed: int) -> Path:
 def record_failure(workdir: Path, method: PreparedMethod, seed: int, error: Exception) -> Failure:
     """Writes the traceback of a run that failed to a file, and returns its entry of results.json."""
     file = failure_file(workdir, method.name, seed)
-    file.parent.mkdir(exist_ok=True)
-    write_text(file, "".join(traceback.format_exception(error)))
-    frame = "" if isinstance(error, InputError) else user_frame(method.config.method, error)
+    try:
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, "".join(traceback.format_exception(error)))
+    except OSError as unwritable:  # such as a full disk, which may be what broke the run
+        print(f"flex_jax: {unwritable.filename}: {unwritable.strerror}", file=sys.stderr)
+    frame = "" if isinstance(error, (Diverged, InputError, OSError)) else user_frame(method.config.method, error)
     line = f"{frame}: " if frame else ""
-    line += f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    diverged = isinstance(error, Diverged)
+    line += "" if diverged else f"{type(error).__name__}: "
+    line += str(error).partition("\n")[0]
     print(f"flex_jax: {method.name} seed {seed} failed: {line}", file=sys.stderr)
-    return {"method": method.name, "seed": seed, "error": line}
-
-
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json, or checks that the one in the work directory is equal."""
-    wanted = json.loads(json.dumps(config.to_dict()))
-    file = workdir / "config.json"
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found != wanted:
-            keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-            raise InputError(
-                f"{workdir} holds a run of another config (different: {', '.join(keys)}); give another --workdir"
-            )
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(file, wanted)
+    return {"method": method.name, "seed": seed, "error": line, "diverged": diverged}
 
 
 def new_results() -> Results:

@@ -7,13 +7,16 @@ LoRA as a PEFT adapter (peft), its whole model with the personal experts (hf), o
 
 import argparse
 import contextlib
+import glob
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
+from flex_jax.locks import locked_directory
 
 FORMATS = ("peft", "hf", "hf-merged")
 
@@ -40,10 +43,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def whole_directory(out: Path):
-    """Yields a new directory next to `out` to write in. It becomes `out` when all is written, or is removed."""
+    """Yields a new directory next to `out` to write in. It becomes `out` when all is written, or is removed.
+
+    What killed exports have left there is removed.
+    """
+    prefix = f"{out.name}.partial-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory("", f"{out.name}.partial-", out.parent, ignore_cleanup_errors=True) as partial:
+        for old in out.parent.glob(f"{glob.escape(prefix)}*/"):
+            with locked_directory(old) as abandoned:
+                if abandoned:
+                    shutil.rmtree(old)
+        with (
+            tempfile.TemporaryDirectory("", prefix, out.parent, ignore_cleanup_errors=True) as partial,
+            locked_directory(Path(partial)),
+        ):
             yield Path(partial)
             os.chmod(partial, 0o755)  # only its owner can read a temporary directory
             os.rename(partial, out)
@@ -88,7 +102,7 @@ def export(arguments: list[str]) -> None:
     from flex_jax.restored_run import client_names, open_run, parse_client
 
     client = parse_client(options.client, client_names(options.workdir))
-    run = open_run(options.workdir, options.method, options.seed)
+    run = open_run(options.workdir, options.method, options.seed, [] if client is None else [client])
     models = run.shared_model() if client is None else run.models([client])
     variables = models.variables(jax.tree.map(lambda leaf: leaf[0], models.clients))
     model, adapters = run.spec.model, variables["adapters"]

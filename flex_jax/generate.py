@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flex_jax.checks import COUNT
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
 
@@ -40,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Returns the flags. Raises InputError for any mistake that shows without the run."""
     parser = Parser(prog="flex_jax.generate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
-    positive = number(int, "an integer of at least 1", lambda value: value >= 1)
+    positive = number(int, COUNT.allowed, COUNT.accepts)
     seed = number(int, "an integer from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
     temperature = number(float, "a finite number of at least 0", lambda value: 0 <= value < math.inf)
     top_p = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -87,6 +88,7 @@ def answer(options: argparse.Namespace) -> None:
     from flex_jax.evaluation.answers import Question, encode_question, fastchat_answer, read_questions
     from flex_jax.evaluation.generation import GenerationSettings
     from flex_jax.files import write_text
+    from flex_jax.memory import check_generation
     from flex_jax.restored_run import SHARED, client_names, open_run
 
     if options.prompt is None:
@@ -94,7 +96,8 @@ def answer(options: argparse.Namespace) -> None:
     else:
         questions = [Question("--prompt", 1, None, [{"instruction": options.prompt, "context": options.context}])]
     asked = asked_clients(questions, options.client, client_names(options.workdir))
-    run = open_run(options.workdir, options.method, options.seed)
+    clients = [client for client in asked if client is not None]
+    run = open_run(options.workdir, options.method, options.seed, clients)
     evaluation, tokenizer = run.config.evaluation, run.backbone.tokenizer
     max_new_tokens = options.max_new_tokens or evaluation.max_new_tokens
     batch_size = options.batch_size or evaluation.batch_size
@@ -102,6 +105,10 @@ def answer(options: argparse.Namespace) -> None:
     limit = run.spec.model.config.max_position_embeddings
     encoded = [encode_question(q, tokenizer, max_positions=limit, max_new_tokens=max_new_tokens) for q in questions]
     groups = group_clients(run, asked)
+    longest = max(sum(map(len, turns)) + len(turns) * (max_new_tokens + 1) for turns in encoded)
+    for group, _ in groups:
+        shape = len(group), min(batch_size, max(map(asked.count, group))), longest
+        check_generation(run.spec.model, run.frozen.params, shape, "--batch-size or --max-new-tokens")
     progress = f"{run.name} after round {int(run.state.round)} of {run.config.rounds}"
     print(f"flex_jax: {progress}, questions: {len(questions)}", file=sys.stderr)
     texts = answer_all(run, groups, encoded, asked, settings, options)

@@ -1,13 +1,15 @@
 """The command line: python -m flex_jax.main --config FILE [--workdir DIR] [--config.KEY=VALUE ...].
 
-Exit status: 0 if every run finished, 1 if runs failed, 2 with one line for a mistake that the user can mend, 130 if
-interrupted.
+Exit status: 0 if every run finished, 1 if runs failed, 2 with one line for a mistake that the user can mend, 130 after
+Ctrl-C, 143 after SIGTERM or SIGHUP: finished rounds are saved then, and a second signal ends the program at once.
 """
 
 import argparse
 import ast
+import itertools
 import re
 import runpy
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -16,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from flex_jax.command import Parser, run_command
-from flex_jax.config import SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
+from flex_jax.config import OVERRIDABLE_SECTIONS, SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
 from flex_jax.errors import InputError
 
 HPARAMS_HELP = """  --config.hparams.METHOD.NAME=VALUE
@@ -42,10 +44,27 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
     override(config, rest)
     name_methods(config)
     validate(config)
+    check_method_flags(
+        config, [match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, rest) if match]
+    )
     workdir = options.workdir or Path("runs") / Path(options.config).stem
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir {workdir}: is a file, must be a directory or not exist yet")
     return config, workdir
+
+
+def check_method_flags(config: ConfigDict, keys: list[str]) -> None:
+    """Raises InputError for a flag of a method that does not run. Tells on stderr which flags the overrides hide."""
+    for section, name, *_ in (key.split(".") for key in keys if key.startswith(("overrides.", "hparams."))):
+        if name not in config.methods:
+            methods = ", ".join(config.methods)
+            raise InputError(f"--config.{section}.{name}: no run has this name: config.methods has {methods}")
+    for key in dict.fromkeys(key for key in keys if key.split(".")[0] in OVERRIDABLE_SECTIONS):
+        section, name = key.split(".")
+        hidden = [method for method in config.methods if name in config.overrides.get(method, {}).get(section, {})]
+        if hidden := [method for method in hidden if f"overrides.{method}.{key}" not in keys]:
+            where = ", ".join(f"config.overrides.{method}" for method in hidden)
+            print(f"flex_jax: --config.{key} does not reach all methods: it is also in {where}", file=sys.stderr)
 
 
 def load(path: str) -> ConfigDict:
@@ -67,7 +86,7 @@ def load(path: str) -> ConfigDict:
 
 def override(config: ConfigDict, arguments: list[str]) -> None:
     """Sets the --config.KEY=VALUE arguments in the config. Raises InputError for anything else among them."""
-    arguments = [argument for argument in arguments if not _set_hparam(config, argument)]
+    arguments = _last_tuples([argument for argument in arguments if not _set_hparam(config, argument)])
     for key in (match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, arguments) if match):
         entry = find_key(key)
         if key.startswith("overrides."):  # config_flags sets only keys that exist
@@ -79,12 +98,27 @@ def override(config: ConfigDict, arguments: list[str]) -> None:
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
         positional = values(["flex_jax", *arguments])[1:]
+    except (MemoryError, RecursionError) as error:  # a value nested too deep
+        raise InputError(f"a --config.KEY=VALUE cannot be read ({type(error).__name__}: {error})") from error
     except flags.Error as error:
         key = re.match(r"flag --config\.([^=]*)=", str(error))
         allowed = f": must be {find_key(key[1]).check.allowed}" if key else ""
         raise InputError(f"{error}{allowed}") from error
     if positional:
         raise InputError(f"unexpected argument {positional[0]!r}: values are set with --config.KEY=VALUE")
+
+
+def _last_tuples(arguments: list[str]) -> list[str]:
+    """Drops all but the last flag of each tuple: config_flags would join them, and other flags replace."""
+    others, tuples = [], {}
+    queue = iter(arguments)
+    for argument in queue:
+        match = re.fullmatch(r"--?config\.([^=]*)(=.*)?", argument, re.DOTALL)
+        if match and match[1] in SCHEMA and isinstance(SCHEMA[match[1]].default, tuple):
+            tuples[match[1]] = [argument] if match[2] else [argument, *itertools.islice(queue, 1)]
+        else:
+            others.append(argument)
+    return [*itertools.chain(*tuples.values()), *others]
 
 
 def _set_hparam(config: ConfigDict, argument: str) -> bool:
@@ -98,7 +132,7 @@ def _set_hparam(config: ConfigDict, argument: str) -> bool:
         raise InputError(f"--config.{key}: must have a value, as in --config.{key}=0.1")
     try:
         value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):  # a text without quotes
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):  # a text without quotes
         value = text
     _, method, name = key.split(".")
     with config.hparams.unlocked(), config.hparams.ignore_type():
@@ -115,7 +149,8 @@ def main(arguments: list[str]) -> int:
 
         run(config, workdir)
 
-    return run_command(train, arguments, interrupted="the same command resumes the run")
+    resume = shlex.join(["python", "-m", "flex_jax.main", *arguments])
+    return run_command(train, arguments, interrupted=f"this resumes the run: {resume}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
+from flex_jax.checks import misfit
 from flex_jax.errors import InputError
-from flex_jax.files import to_plain, write_json
+from flex_jax.files import read_text, to_plain, write_json
 
 
 class Example(TypedDict):
@@ -39,6 +40,7 @@ class ClientEntry(ClientScores):
     name: str
     train_examples: int
     eval_examples: int
+    rounds_left_out: NotRequired[int]  # in which its update was not finite
     grafted_experts: NotRequired[list[list[int]]]  # of each MoE layer; empty if the method grafts none
 
 
@@ -74,6 +76,7 @@ class RunEntry(TypedDict):
 
     method: str
     seed: int
+    identity: str  # digest of its config and of everything that it has read
     parameters: Parameters
     clients: list[ClientEntry]
     average: Mapping[str, float | None]  # of each metric, over the clients
@@ -87,6 +90,7 @@ class Failure(TypedDict):
     method: str
     seed: int
     error: str
+    diverged: NotRequired[bool]
 
 
 class SummaryRow(TypedDict):
@@ -115,14 +119,15 @@ def read_results(workdir: Path | str) -> Results | None:
     if not file.exists():
         return None
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-        content.setdefault("failures", [])
-        complete = Results.__required_keys__ <= content.keys()
-        complete = complete and all(RunEntry.__required_keys__ <= run.keys() for run in content["runs"])
-    except (AttributeError, TypeError, ValueError):  # not JSON, or not objects where the contract has them
-        complete = False
-    if not complete:
-        raise InputError(f"{file}: not a results file of flex_jax: move it away or use another work directory")
+        content: Any = json.loads(read_text(file))
+        wrong = misfit(content, Results, "the file")
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = f"it cannot be read, {type(error).__name__}"
+    if wrong:
+        raise InputError(
+            f"{file}: not a results file of this version ({wrong}): restore it, or move it away: the same command "
+            "then evaluates the finished runs again"
+        )
     return cast(Results, content)
 
 

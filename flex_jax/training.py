@@ -1,11 +1,10 @@
 """One run, a method with one seed: graft, train round by round, evaluate."""
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import jax
@@ -15,18 +14,21 @@ from tqdm import tqdm
 
 from flex_jax.building import Backbone, Federation, PreparedMethod, start_run
 from flex_jax.data.batches import ClientDataset, calibration_batches, interleave, round_batches
+from flex_jax.divergence import check_round, check_scores, left_out_line, put_back
 from flex_jax.evaluation.evaluate import HeldOut, evaluate
 from flex_jax.evaluation.generation import GenerationSettings
 from flex_jax.evaluation.loss import evaluation_loss
-from flex_jax.federated.checkpoint import Checkpoints
+from flex_jax.federated.checkpoint import Checkpoints, Totals
 from flex_jax.federated.client import ClientModels
 from flex_jax.federated.cohort import read_availability, sample_cohort
 from flex_jax.federated.cohort_sharding import place
 from flex_jax.federated.init import Start
 from flex_jax.federated.state import RoundInputs, RoundState
+from flex_jax.fingerprint import digest_json
 from flex_jax.grafting.selection import SelectionSettings, select
 from flex_jax.metrics_log import MetricsLog, read_metrics
-from flex_jax.results import ClientScores, RunEntry, average_scores
+from flex_jax.results import ClientScores, RunEntry, Timing, average_scores
+from flex_jax.workdir import Workdir, run_identity
 
 SELECTION_KEY, COHORT_KEY = 1, 2  # folded into a run's key for the choices outside its rounds
 
@@ -39,11 +41,17 @@ class Run(NamedTuple):
     federation: Federation
     seed: int
     start: Start
+    identity: dict[str, Any]  # see `run_identity`
 
     @property
     def name(self) -> str:
         """METHOD-seedN."""
         return f"{self.prepared.name}-seed{self.seed}"
+
+    @property
+    def client_names(self) -> list[str]:
+        """The names of the clients, by id."""
+        return [dataset.name for dataset in self.federation.train]
 
     def models_by_group(self, state: RoundState, checkpoints: Checkpoints) -> Iterator[tuple[ClientModels, HeldOut]]:
         """Yields the models and held-out examples of all clients, as many at once as a cohort has."""
@@ -133,26 +141,27 @@ class RoundFeed:
 
 def round_lines(cohort: np.ndarray, metrics: dict[str, dict], num_tokens: int, seconds: float) -> dict:
     """Returns the lines of metrics.jsonl of one round, by client id and for None, the round as a whole."""
+    finite = metrics["clients"]["finite"]
     by_metric = {metric: values.tolist() for metric, values in metrics["clients"].items()}
     lines: dict[int | None, dict] = {
         int(client): {metric: values[i] for metric, values in by_metric.items()} for i, client in enumerate(cohort)
     }
     lines[None] = {
-        "train_loss": float(np.mean(metrics["clients"]["train_loss"])),
+        "train_loss": float(np.mean(metrics["clients"]["train_loss"][finite])),
         "round_s": seconds,
         "train_tokens_per_s": num_tokens / seconds,
     } | {metric: value.item() for metric, value in metrics["server"].items()}
     return lines
 
 
-def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[RoundState, float]:
-    """Runs the remaining rounds, each with a checkpoint. Returns the last state and the seconds of compilation."""
+def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[RoundState, Totals, float]:
+    """Runs the remaining rounds, each with a checkpoint. Returns the last state, totals and seconds of compilation."""
     config, name = run.prepared.config, run.name
-    state = checkpoints.restore(run.start.state) or run.start.state
+    state, totals = checkpoints.restore(run.start.state) or (run.start.state, Totals())
     first = int(state.round)
     metrics.rewind(name, first)
     if first == config.rounds:
-        return state, 0.0
+        return state, totals, 0.0
     feed = RoundFeed(run, checkpoints, state.key)
     inputs = feed.inputs(first, state)
     compile_seconds = run.prepared.round_fn.compile(inputs)
@@ -164,18 +173,28 @@ def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[Roun
         started = time.perf_counter()
         state, measured = run.prepared.round_fn(inputs)
         measured = jax.device_get(measured)  # waits for the round
+        left_out = check_round(run.prepared.spec.settings, run.client_names, number, cohort, measured)
         lines = round_lines(cohort, measured, num_tokens, time.perf_counter() - started)
+        if left_out.any():
+            former = checkpoints.clients.load_former(cohort[left_out])
+            state = state._replace(clients=put_back(state.clients, left_out, former))
+            for client in cohort[left_out]:
+                totals.update({f"left out: {client}": 1})
+                if totals[f"left out: {client}"] == 1:
+                    print(left_out_line(name, run.client_names[client], number), file=sys.stderr)
         checkpoints.clients.cache(cohort, state.clients)  # the next round consumes them: save before it
         if config.evaluation.every and (number + 1) % config.evaluation.every == 0:
             for client, loss in zip(range(config.clients), eval_losses(run, state, checkpoints), strict=True):
                 lines.setdefault(client, {})["eval_loss"] = float(loss)
         metrics.write(name, run.prepared.name, run.seed, number, lines)
-        checkpoints.save(state)
+        totals.update(client_rounds=len(cohort))
+        totals.update({way: sum(measured["clients"][way].tolist()) for way in ("upload_bytes", "download_bytes")})
+        checkpoints.save(state, totals)
         if number + 1 < config.rounds:
             inputs = feed.inputs(number + 1, state)
         overall = lines[None]
         progress.set_postfix_str(f"loss {overall['train_loss']:.3f}, {overall['train_tokens_per_s']:,.0f} tokens/s")
-    return state, compile_seconds
+    return state, totals, compile_seconds
 
 
 def eval_losses(run: Run, state: RoundState, checkpoints: Checkpoints) -> list[float]:
@@ -193,11 +212,12 @@ def score(run: Run, state: RoundState, checkpoints: Checkpoints) -> list[ClientS
 
 
 def run_one(
-    prepared: PreparedMethod, backbone: Backbone, federation: Federation, seed: int, workdir: Path, metrics: MetricsLog
+    prepared: PreparedMethod, backbone: Backbone, federation: Federation, seed: int, workdir: Workdir
 ) -> RunEntry:
     """Grafts, trains and evaluates one method with one seed. Returns its entry of results.json.
 
-    It resumes from the newest checkpoint under `workdir`, if there is one; only the selection of experts is repeated.
+    It resumes from the newest checkpoint in the work directory, if there is one; only the selection of experts is
+    repeated.
     """
     config, key = prepared.config, jax.random.PRNGKey(seed)
     expert_index, graft_seconds = None, None
@@ -206,30 +226,39 @@ def run_one(
         expert_index = select_experts(config, backbone, federation, jax.random.fold_in(key, SELECTION_KEY))
         graft_seconds = time.perf_counter() - started
     first = start_run(config, prepared.spec, backbone, expert_index, key)
-    run = Run(prepared, backbone, federation, seed, first)
-    with Checkpoints(workdir / "checkpoints" / run.name, first.init_clients, config.clients) as checkpoints:
-        state, compile_seconds = train(run, metrics, checkpoints)
+    run = Run(prepared, backbone, federation, seed, first, run_identity(prepared.name, config, seed, workdir.inputs))
+    directory = workdir.path / "checkpoints" / run.name
+    with Checkpoints(directory, first.init_clients, config.clients, run.identity) as checkpoints:
+        state, totals, compile_seconds = train(run, workdir.metrics, checkpoints)
         started = time.perf_counter()
         scores = score(run, state, checkpoints)
+        check_scores(run.client_names, scores)
         evaluation_seconds = time.perf_counter() - started
-    lines = [line for line in read_metrics(metrics.path) if line["run"] == run.name]
-    entry = run_entry(run, expert_index, scores, lines)
-    entry["timing"].update(graft_s=graft_seconds, compile_s=compile_seconds, evaluation_s=evaluation_seconds)
-    return entry
+    rounds = [line for line in read_metrics(workdir.metrics.path) if line["run"] == run.name and line["client"] is None]
+    timing: Timing = {
+        "graft_s": graft_seconds,
+        "compile_s": compile_seconds,
+        "evaluation_s": evaluation_seconds,
+        "round_s_median": median_of(rounds, "round_s"),
+        "train_tokens_per_s": median_of(rounds, "train_tokens_per_s"),
+    }
+    return run_entry(run, expert_index, scores, totals, timing)
+
+
+def median_of(rounds: list[dict[str, Any]], metric: str) -> float | None:
+    """Returns the median of a metric of rounds, None if metrics.jsonl has lost them all."""
+    return float(np.median([line[metric] for line in rounds])) if rounds else None
 
 
 def run_entry(
-    run: Run, expert_index: np.ndarray | None, scores: list[ClientScores], lines: list[dict[str, Any]]
+    run: Run, expert_index: np.ndarray | None, scores: list[ClientScores], totals: Totals, timing: Timing
 ) -> RunEntry:
-    """Returns the entry of results.json for a finished run with these lines of metrics.jsonl."""
+    """Returns the entry of results.json for a finished run."""
     plan, held_out = run.prepared.plan, run.federation.held_out
-    rounds = [line for line in lines if line["client"] is None]
-    wire_bytes = {
-        way: [line[f"{way}_bytes"] for line in lines if f"{way}_bytes" in line] for way in ("upload", "download")
-    }
     return {
         "method": run.prepared.name,
         "seed": run.seed,
+        "identity": digest_json(run.identity),
         "parameters": {
             "frozen": plan.frozen,
             "shared": plan.shared,
@@ -243,21 +272,16 @@ def run_entry(
                 "train_examples": len(dataset.tokens),
                 "eval_examples": len(held_out.records[client]),
                 "grafted_experts": [] if expert_index is None else expert_index[client].tolist(),
+                "rounds_left_out": totals[f"left out: {client}"],
                 **client_scores,
             }
             for client, (dataset, client_scores) in enumerate(zip(run.federation.train, scores, strict=True))
         ],
         "average": average_scores(scores),
         "communication": {
-            "upload_bytes_per_client_round": round(fmean(wire_bytes["upload"])),
-            "download_bytes_per_client_round": round(fmean(wire_bytes["download"])),
-            "total_bytes": sum(map(sum, wire_bytes.values())),
+            "upload_bytes_per_client_round": round(totals["upload_bytes"] / totals["client_rounds"]),
+            "download_bytes_per_client_round": round(totals["download_bytes"] / totals["client_rounds"]),
+            "total_bytes": totals["upload_bytes"] + totals["download_bytes"],
         },
-        "timing": {
-            "graft_s": None,
-            "compile_s": 0.0,
-            "evaluation_s": 0.0,
-            "round_s_median": float(np.median([line["round_s"] for line in rounds])),
-            "train_tokens_per_s": float(np.median([line["train_tokens_per_s"] for line in rounds])),
-        },
+        "timing": timing,
     }

@@ -101,7 +101,7 @@ def test_an_impossible_value_is_named_with_what_is_allowed(key, value, allowed):
 def test_the_line_reads_key_value_rule():
     with pytest.raises(InputError) as error:
         validate(changed("lora.rank", 0))
-    assert str(error.value) == "config.lora.rank is 0: must be an integer of at least 1"
+    assert str(error.value) == "config.lora.rank is 0: must be an integer of at least 1 and at most 2147483647"
 
 
 @pytest.mark.parametrize(

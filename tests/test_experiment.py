@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from flex_jax import building, methods, training
 from flex_jax.federated.federated_round import CompiledRound, make_round
@@ -212,6 +213,104 @@ def test_a_method_that_breaks_does_not_lose_the_others(checkpoint, tmp_path, cap
     assert main(command) == 0
     assert [done["method"] for done in read(run)["runs"]] == ["fedavg", "local", "breaks"] and not read(run)["failures"]
     assert not list((run / "failures").iterdir())
+
+
+DIVERGES = """
+import jax
+import jax.numpy as jnp
+from flex_jax import Method
+from flex_jax.federated.method import ClientRule, ServerRule, Upload, make_result as default
+
+def method(bad, server=ServerRule()):
+    def make_result(context, trained):
+        result, client = default(context, trained), context.state.extra["client"]
+        spoil = jnp.where((context.round == 1) & bad(client), BAD, 1.0)
+        upload = Upload(jax.tree.map(lambda leaf: leaf * spoil, result.upload.delta))
+        return result._replace(upload=upload, personal=jax.tree.map(lambda leaf: leaf + spoil, result.personal))
+
+    init_extra = lambda shared, client_id: {"client": client_id}
+    return Method(
+        ownership=((r".*lora_a", "personal"), (r".*", "shared")),
+        client=ClientRule(init_extra=init_extra, make_result=make_result),
+        server=server,
+    )
+
+def one_of_four(): return method(lambda client: client == 2)
+def three_of_four(): return method(lambda client: client > 0)
+
+def server_alone():
+    def update(server, context):
+        return server._replace(shared=jax.tree.map(lambda leaf: leaf + BAD, server.shared))
+    return method(lambda client: False, ServerRule(update=update))
+"""
+
+
+@pytest.fixture(scope="module")
+def diverged(checkpoint, tmp_path_factory):
+    """Clients whose upload and state are not finite in the second of three rounds: one of four, then three."""
+    folder = tmp_path_factory.mktemp("diverged")
+    file, run = folder / "mine.py", folder / "run"
+    file.write_text(DIVERGES.replace("BAD", "jnp.nan"))
+    names = ("three_of_four", "server_alone", "one_of_four", "fedavg")
+    methods = ",".join(f"'{file}:{name}'" if "_" in name else f"'{name}'" for name in names)
+    process = subprocess.run(
+        [sys.executable, "-m", "flex_jax.main", *arguments(checkpoint, run, f"--config.methods={methods}")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return run, process
+
+
+def test_a_client_that_diverges_is_left_out_and_named(diverged):
+    run, process = diverged
+    told = [line for line in process.stderr.splitlines() if "left out" in line]
+    assert len(told) == 1 and "one_of_four-seed0, round 2: the update of client shipping is not finite" in told[0]
+    (entry,) = [entry for entry in read(run)["runs"] if entry["method"] == "one_of_four"]
+    assert [client["rounds_left_out"] for client in entry["clients"]] == [0, 0, 1, 0]
+    assert all(client["eval_loss"] > 0 for client in entry["clients"])
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line["run"] == "one_of_four-seed0"]
+    assert [line["client"] for line in lines if not line["finite"]] == [2]
+    assert all(line["train_loss"] > 0 for line in lines if line["client"] is None)
+    assert "client shipping was left out of 1 rounds" in (run / "report.html").read_text()
+
+
+def test_the_state_of_a_client_that_is_left_out_stays(diverged, checkpoint, tmp_path):
+    """One round fewer, at the same learning rates, leaves the stored states of the second round as the newest."""
+    file = diverged[0].parent / "mine.py"
+    more = ("optimizer.final_learning_rate=1e-2", "optimizer.learning_rate=1e-2", f"methods='{file}:one_of_four',")
+    assert main(arguments(checkpoint, tmp_path / "run", *(f"--config.{v}" for v in more), "--config.rounds=2")) == 0
+    stored = {file.name: load_file(file) for file in (tmp_path / "run/checkpoints").rglob("*.safetensors")}
+    for client in range(4):
+        before, after = (stored[f"client{client:06d}-round{round:06d}.safetensors"] for round in (1, 2))
+        same = [np.array_equal(before[name], after[name]) for name in before if name.startswith("personal")]
+        assert all(same) if client == 2 else not any(same)
+
+
+def test_a_round_with_too_few_finite_clients_ends_the_run_at_its_last_good_state(diverged):
+    run, process = diverged
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    words = (
+        "flex_jax: three_of_four seed 0 failed: diverged in round 2: of 4 clients 3 have an update that is not finite "
+        "(legal, shipping, support): lower config.optimizer.learning_rate"
+    )
+    assert words in process.stderr
+    assert "server_alone seed 0 failed: diverged in round 1: the server's new state is not finite" in process.stderr
+    assert "flex_jax: error: 2 of 4 runs failed" in process.stderr
+    server = run / "checkpoints/three_of_four-seed0/server"
+    assert [path.name for path in server.iterdir()] == ["1"]
+    lines = read_lines(run / "metrics.jsonl")
+    assert {line["round"] for line in lines if line["method"] == "three_of_four"} == {0}
+
+
+def test_methods_that_diverge_come_last(diverged):
+    run, process = diverged
+    table = [line.split() for line in (run / "summary.txt").read_text().splitlines()[2:]]
+    assert sorted(row[0] for row in table[:2]) == ["fedavg", "one_of_four"]
+    assert [row[:4] for row in table[2:]] == [
+        [name, "0", "diverged", "diverged"] for name in ("three_of_four", "server_alone")
+    ]
+    assert (run / "report.html").read_text().count("diverged</td>") == 4
 
 
 def forget_methods():

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from flex_jax import export, load_pretrained
+from flex_jax.locks import locked_directory
 from flex_jax.main import main
 from flex_jax.models.export import transformers
 from flex_jax.models.families import FAMILIES
@@ -73,7 +74,11 @@ def test_hf_holds_everything_and_hf_merged_plain_weights(workdir, checkpoint, tm
     raw, base = (json.loads((path / "config.json").read_text()) for path in (out, checkpoint))
     assert raw["flex"] == {"personal_experts": 1, "expert_width": 8, "gate_bias": False}
     assert raw["eos_token_id"] == base["eos_token_id"] and raw["model_type"] == base["model_type"]
-    slots = open_run(workdir).models([0, 1, 2, 3]).clients.personal["layers"]["moe"]["slot"]["up_proj"]["kernel"]
+    slots = (
+        open_run(workdir, client_ids=range(4))
+        .models([0, 1, 2, 3])
+        .clients.personal["layers"]["moe"]["slot"]["up_proj"]["kernel"]
+    )
     held = load_file(out / MODEL)["model.layers.2.mlp.personal.experts.0.up_proj.weight"]
     np.testing.assert_array_equal(held, np.asarray(slots)[1, 2, 0].T)
 
@@ -141,6 +146,16 @@ def test_nothing_is_half_written(workdir, tmp_path, monkeypatch, capsys):
     assert names(tmp_path / "out") == {"adapter_config.json", ADAPTER}
 
 
+def test_what_a_killed_export_has_left_is_removed(workdir, tmp_path):
+    """What another one is writing stays."""
+    for name in ("out.partial-killed", "out.partial-writing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-0").write_text("torn")
+    with locked_directory(tmp_path / "out.partial-writing"):
+        assert run_export(workdir, tmp_path / "out") == 0
+    assert names(tmp_path) == {"out", "out.partial-writing"}
+
+
 def test_families_without_a_class_in_transformers(tmp_path):
     for wanted, slot, words in (
         ("hf", True, "no model of the family deepseek; use peft$"),
@@ -163,7 +178,7 @@ def test_a_run_starts_from_an_exported_adapter(workdir, checkpoint, tmp_path, ca
     assert main(arguments(checkpoint, tmp_path / "run", *flags, *still)) == 0
     again = open_run(tmp_path / "run", "fedavg").state.server.shared
     jax.tree.map(np.testing.assert_array_equal, again, held)
-    local = open_run(tmp_path / "run", "local").models([0, 1, 2, 3]).clients.personal
+    local = open_run(tmp_path / "run", "local", client_ids=range(4)).models([0, 1, 2, 3]).clients.personal
     for leaf, own in zip(jax.tree.leaves(local), jax.tree.leaves(held), strict=True):
         np.testing.assert_array_equal(leaf, np.broadcast_to(own, leaf.shape))
 

@@ -59,7 +59,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(workdir):
-    return open_run(workdir)
+    return open_run(workdir, client_ids=range(4))
 
 
 def write(path, lines):
@@ -283,6 +283,8 @@ BAD_FLAGS = {
     "an empty nucleus": ((*ONE, "--top-p", "0"), "--top-p: 0: must be above 0 and at most 1"),
     "a nucleus above one": ((*ONE, "--top-p", "1.1"), "--top-p: 1.1: must be above 0 and at most 1"),
     "no new token": ((*ONE, "--max-new-tokens", "0"), "--max-new-tokens: 0: must be an integer of at least 1"),
+    "too many new tokens": ((*ONE, "--max-new-tokens", "9999999999"), "at least 1 and at most 2147483647"),
+    "too large a batch": ((*ONE, "--batch-size", "9999999999"), "at least 1 and at most 2147483647"),
     "no room for new tokens": ((*ONE, "--max-new-tokens", "2048"), "--prompt: too long: a prompt of"),
     "half a batch": ((*ONE, "--batch-size", "0.5"), "--batch-size: 0.5: must be an integer"),
     "an unknown method": ((*ONE, "--method", "fedavg"), "--method fedavg: .* has flex, local"),
@@ -290,6 +292,16 @@ BAD_FLAGS = {
     "no run": ((*ONE, "--workdir", "OUT"), "no run there"),
     "an unknown flag": ((*ONE, "--top-k", "3"), "--top-k"),
 }
+
+
+def test_a_cache_larger_than_the_memory_is_refused(workdir, tmp_path, monkeypatch, capsys):
+    """Client 3 has two questions."""
+    prompts, out = write(tmp_path / "questions.jsonl", [LINES[4], LINES[4]]), tmp_path / "answers.jsonl"
+    command = ["--workdir", workdir, "--prompts", prompts, "--out", out, "--max-new-tokens", 900]
+    monkeypatch.setattr("flex_jax.memory.device_memory", lambda: 2**20)
+    words = "generation for 1 x 2 prompts at once, of 9.. tokens would take .* 1 MiB: lower --batch-size or --max-new"
+    assert_refused(main, command, words, capsys)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", BAD_FLAGS)

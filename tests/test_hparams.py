@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from flex_jax.building import check_hparam_names, resolve_method
+from flex_jax.building import check_method_names, resolve_method
 from flex_jax.config import default_config
 from flex_jax.errors import InputError
 from flex_jax.experiment import run
-from flex_jax.main import main, override
+from flex_jax.main import load, main, override
 from flex_jax.methods import METHODS, make_method
 from flex_jax.restored_run import open_run
-from tests.program import SHORT, arguments, assert_refused
+from tests.program import ROOT, SHORT, arguments, assert_refused
 
 
 def config_of(*flags):
@@ -28,11 +28,11 @@ def test_a_hyperparameter_reaches_its_method():
 
 def test_a_variant_has_its_own():
     config = config_of("methods='fedprox','far'", "overrides.far.method=fedprox", "hparams.far.mu=0.5")
-    check_hparam_names(config)
+    check_method_names(config)
     assert resolve_method(config, "far").method is make_method("fedprox", {"mu": 0.5})
     assert resolve_method(config, "fedprox").method is make_method("fedprox")
     config = config_of("methods='fedprox','far'", "overrides.far.method=fedprox", "hparams.fedprox.mu=0.5")
-    check_hparam_names(config)
+    check_method_names(config)
     assert resolve_method(config, "far").method is make_method("fedprox")
 
 
@@ -65,6 +65,38 @@ def test_hyperparameters_of_a_method_that_runs_as_a_variant_only_are_refused(tmp
     config = config_of("methods=far", "overrides.far.method=fedprox", "hparams.fedprox.mu=0.5", "model.path=nowhere")
     with pytest.raises(InputError, match=r"hparams.fedprox: no run has this name; its variant has config.hparams.far$"):
         run(config, tmp_path / "run")
+
+
+def test_what_a_narrowed_choice_of_methods_leaves_unused_is_told_in_one_line(capsys):
+    config = load(str(ROOT / "configs/compare.py"))
+    check_method_names(config)
+    assert capsys.readouterr().err == ""
+    config.methods = ("flex", "ditto")
+    check_method_names(config)
+    line = capsys.readouterr().err
+    assert line.startswith("flex_jax: not used, as config.methods does not name them: ") and line.count("\n") == 1
+    assert "overrides.flex_random" in line and "overrides.fedprox" in line and "hparams.flora" in line
+    assert "overrides.flex," not in line and "ditto" not in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["overrides.fedprx.lora.rank=2"],
+            "config.overrides.fedprx names no method of this run: the nearest is fedprox$",
+        ),
+        (
+            ["overrides.far.method=fedprx"],
+            "config.overrides.far.method is 'fedprx', no method: the nearest is fedprox$",
+        ),
+        (["overrides.far.method=fedprox", "hparams.far.nu=2"], "config.hparams.far.nu is unknown: the method has mu$"),
+        (["hparams.fedprox.nu=2"], "config.hparams.fedprox.nu is unknown: the method has mu$"),
+    ],
+)
+def test_what_is_not_run_is_checked_all_the_same(flags, words):
+    with pytest.raises(InputError, match=words):
+        check_method_names(config_of("methods=flex", *flags))
 
 
 def test_a_mistake_is_one_line_of_the_program(checkpoint, tmp_path, capsys):
@@ -120,11 +152,11 @@ def test_a_method_of_ones_own_runs_with_its_hyperparameter(mine, checkpoint, tmp
 @pytest.mark.parametrize(
     ("name", "hparams", "words"),
     [
-        ("scaled", {"eta": "x"}, r"hparams.eta is 'x': must be a number$"),
+        ("scaled", {"eta": "x"}, r"hparams.eta is 'x': must be a number of at most 1e38$"),
         ("scaled", {"rate": 1.0}, r"hparams.rate is unknown: the method has eta, start$"),
         ("needs", {}, r"hparams.eta is missing: the method has no default for it$"),
         ("foreign", {"eta": 1.0}, r"hparams: an annotation of the method cannot be read \(name 'Rate' is not defined"),
-        ("twice", {"eta": "x"}, r"hparams.eta is 'x': must be a number$"),
+        ("twice", {"eta": "x"}, r"hparams.eta is 'x': must be a number of at most 1e38$"),
     ],
 )
 def test_a_wrong_hyperparameter_of_ones_own_method_is_one_line(mine, name, hparams, words):

@@ -15,7 +15,7 @@ MODULES = {
 # From the lowest to the highest. Packages of one line do not import each other. A module belongs to the longest prefix.
 LAYERS = [
     ["flex_jax.errors", "flex_jax.tiny"],
-    ["flex_jax.checks", "flex_jax.files"],
+    ["flex_jax.checks", "flex_jax.files", "flex_jax.fingerprint", "flex_jax.locks"],
     ["flex_jax.config", "flex_jax.ops", "flex_jax.command", "flex_jax.metrics_log", "flex_jax.results"],
     ["flex_jax.models"],
     ["flex_jax.data", "flex_jax.grafting"],
@@ -23,14 +23,18 @@ LAYERS = [
     ["flex_jax.methods"],
     ["flex_jax.evaluation"],
     ["flex_jax.reporting"],
+    ["flex_jax.memory"],
     ["flex_jax.building"],
+    ["flex_jax.workdir", "flex_jax.divergence"],
     ["flex_jax.training"],
     ["flex_jax.experiment", "flex_jax.restored_run"],
     ["flex_jax.main", "flex_jax.generate", "flex_jax.export"],
     ["flex_jax"],  # the public names, which nothing in the package imports
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
-CONFIG_READERS = {f"flex_jax.{name}" for name in ("building", "training", "experiment", "restored_run", "main")}
+CONFIG_READERS = {
+    f"flex_jax.{name}" for name in ("building", "workdir", "training", "experiment", "restored_run", "main")
+}
 
 
 def layer(module):

@@ -71,12 +71,47 @@ def assert_one_line(capsys, *parts):
     ],
 )
 def test_an_override_reaches_the_run(run, config_file, argument, key, value):
-    status, given = run("--config", config_file(), argument)
+    others = [argument.split(".")[2]] if argument.startswith(("--config.hparams", "--config.overrides")) else []
+    status, given = run("--config", config_file(f"config.methods = {(*others, 'fedit')}\nreturn config"), argument)
     assert status == 0
     found = given.config
     for name in key.split("."):
         found = found[name]
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["--config.methods=flex", "--config.methods=local"], "methods", ("local",)),
+        (["--config.methods", "flex", "-config.methods", "local"], "methods", ("local",)),
+        (["--config.methods='flex','fedit'", "--config.rounds=2", "--config.methods=local"], "methods", ("local",)),
+        (["--config.seeds=0,1", "--config.seeds=3"], "seeds", (3,)),
+        (["--config.data.categories=a", "--config.data.categories=b"], "data.categories", ("b",)),
+        (["--config.rounds=2", "--config.rounds=3"], "rounds", 3),
+        (["--config.hparams.flex.mu=2", "--config.hparams.flex.mu=3"], "hparams.flex.mu", 3),
+        (["--config.overrides.flex.lora.rank=2", "--config.overrides.flex.lora.rank=3"], "overrides.flex.lora.rank", 3),
+    ],
+)
+def test_the_last_of_equal_flags_replaces(run, config_file, arguments, key, value):
+    status, given = run("--config", config_file(), *arguments)
+    assert status == 0
+    found = given.config
+    for name in key.split("."):
+        found = found[name]
+    assert found == value
+
+
+def test_a_flag_that_overrides_hide_is_told(run, config_file, capsys):
+    path = config_file(
+        'config.overrides.flex = {"lora": {"rank": 2}}\nconfig.overrides.local = {"lora": {"rank": 3}}\nreturn config'
+    )
+    assert (
+        run("--config", path, "--config.lora.rank=4", "--config.overrides.local.lora.rank=4", "--config.rounds=2")[0]
+        == 0
+    )
+    told = "--config.lora.rank does not reach all methods: it is also in config.overrides.flex\n"
+    assert capsys.readouterr().err == f"flex_jax: {told}"
 
 
 def test_one_override_of_a_method_keeps_those_of_the_file(run, config_file):
@@ -90,7 +125,9 @@ def test_one_override_of_a_method_keeps_those_of_the_file(run, config_file):
 
 def test_one_hyperparameter_keeps_those_of_the_file(run, config_file):
     """Its new value may have another type: only the method knows which is right."""
-    path = config_file('config.hparams.fedadam = {"eta": 0.1, "tau": 1e-3}\nreturn config')
+    path = config_file(
+        'config.methods = ("fedadam",)\nconfig.hparams.fedadam = {"eta": 0.1, "tau": 1e-3}\nreturn config'
+    )
     status, given = run("--config", path, "--config.hparams.fedadam.eta=1", "--config.hparams.fedadam.beta1=x=y")
     assert status == 0
     assert given.config.hparams.to_dict() == {"fedadam": {"eta": 1, "tau": 1e-3, "beta1": "x=y"}}
@@ -140,6 +177,14 @@ def test_the_work_directory_is_named_after_the_file(run, config_file, tmp_path):
         (["--config.hparams.fedprox.mu.x=1"], ["config.hparams.fedprox.mu.x", "config.hparams.METHOD.NAME"]),
         (["--config.hparams.2-x.mu=1"], ["config.hparams.2-x.mu", "config.hparams.METHOD.NAME"]),
         (["--noconfig.hparams.fedprox.mu"], ["config.hparams.fedprox.mu"]),
+        (["--config.hparams.fedprox.mu=1"], ["--config.hparams.fedprox: no run has this name", "flex, fedavg, local"]),
+        (["--config.overrides.fedprox.lora.rank=1"], ["--config.overrides.fedprox: no run has this name"]),
+        (["--config.overrides.far.method=flex"], ["--config.overrides.far: no run has this name"]),
+        (["--config.methods=fedprox", "--config.overrides.flex.lora.rank=1"], ["--config.overrides.flex: no run"]),
+        (["--config.methods=1"], ["config.methods is (1,)", "different method names"]),
+        (["--config.seeds=" + "-" * 100_000 + "1"], ["cannot be read", "MemoryError"]),
+        (["--config.rounds=9999999999"], ["config.rounds is 9999999999", "at most 2147483647"]),
+        (["--config.lora.alpha=1e39"], ["config.lora.alpha is 1e+39", "at most 1e38"]),
         (["--bogus=1"], ["bogus"]),
         (["stray"], ["stray"]),
         (["--workdir"], ["--workdir"]),

@@ -54,9 +54,13 @@ def test_rewind_leaves_no_round_twice_and_other_runs_alone(tmp_path):
     assert not (tmp_path / "new.jsonl").exists()
 
 
+HEAD = {"run": "flex-seed0", "method": "flex", "seed": 0, "round": 0, "client": None}
+
+
 def test_a_foreign_file_is_one_clear_line_and_stays(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"run": "flex", "round": 0}\nhello\n{"run": "flex", "round": 1}\n')
+    lines = [json.dumps(HEAD | {"round": number}) for number in (0, 1)]
+    path.write_text(f"{lines[0]}\nhello\n{lines[1]}\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: not a metrics line"):
         MetricsLog(path)
     assert "hello" in path.read_text()

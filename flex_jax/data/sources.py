@@ -4,114 +4,185 @@ A record is a dict of strings with the keys instruction, context, response and c
 their names.
 """
 
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flex_jax import tiny
+from flex_jax.data.columns import (
+    Columns,
+    Record,
+    choose_columns,
+    has_texts,
+    is_missing,
+    is_nested,
+    listing,
+    make_record,
+)
+from flex_jax.data.readers import CONTROL, SUFFIXES, Row, check_rows, file_rows, numbered, one_line
 from flex_jax.errors import InputError
 
 
-class Fields(NamedTuple):
-    """Names of a source's columns, and the category of its records if it has no column for it."""
+class Data(NamedTuple):
+    """The records of a source."""
 
-    instruction: str
-    response: str
-    context: str | None
-    category: str
-
-    def columns(self) -> tuple[str, ...]:
-        """Returns the columns that the source must have."""
-        return tuple(c for c in (self.instruction, self.context, self.response) if c is not None)
+    train: list[Record]
+    test: list[Record] | None  # of the test split; None if test records are held out of the others
+    summary: str  # one line: what became of which column, and what is not used
 
 
-# "auto" takes the first entry whose columns are all present, so the more specific ones come first.
-FIELDS = {
-    "dolly": Fields("instruction", "response", "context", "dolly"),
-    "alpaca": Fields("instruction", "output", "input", "alpaca"),
-    "gsm8k": Fields("question", "answer", None, "math"),
-    "prompt_completion": Fields("prompt", "completion", None, "prompt_completion"),
-    "instruction_response": Fields("instruction", "response", None, "instruction_response"),
-}
-SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
-
-Row = tuple[str, dict[str, Any]]  # the place of a row, for error messages, and its columns
+def load_records(path: str | Path, *, split: str = "train", fields: str = "auto") -> list[Record]:
+    """Returns all records of one split of a source, in its order. See `load_data`."""
+    return load_data(path, split=split, fields=fields).train
 
 
-def load_records(path: str | Path, *, split: str = "train", fields: str = "auto") -> list[dict[str, str]]:
-    """Returns all records of a source, in its order.
+def load_data(
+    path: str | Path,
+    *,
+    split: str = "train",
+    test_split: str = "",
+    fields: str = "auto",
+    column: str = "",
+    skip_empty: bool = False,
+) -> Data:
+    """Returns the records of a source, in its order.
 
-    A missing or null context becomes an empty one. In columns that `fields` does not name, numbers become strings, and
-    lists, objects and nulls are dropped. If the source is missing or damaged, raises InputError with the file and the
-    line or record (from 1).
+    A missing or null context becomes an empty one. In columns that are not part of the prompt, numbers become strings,
+    and lists, objects and missing values are dropped. If the source is missing or damaged, raises InputError with the
+    file and the line or record (from 1).
 
     Args:
         path: "tiny" (the embedded task set), a local file (a .json list, .jsonl or .parquet; the first two also .gz), a
-            directory of such files (read in sorted order), or the name of a dataset on the Hugging Face Hub.
-        split: the split of a Hub dataset; local files have none.
-        fields: a key of FIELDS, or "auto" for the first entry whose columns the source has.
+            directory, or the name of a dataset on the Hugging Face Hub.
+        split: the split to train on. Directories and the Hub have those that `datasets` finds; all else is "train".
+        test_split: the split with the test records; "" means none.
+        fields: see `choose_columns`.
+        column: the column that names clients, for the summary.
+        skip_empty: leave out records without an instruction or response; they are an error otherwise.
     """
-    if fields != "auto" and fields not in FIELDS:
-        raise InputError(f"data.fields={fields!r} is unknown; choose auto or one of {', '.join(FIELDS)}")
-    rows = _rows(str(path), split)
-    mapping = _choose_fields(fields, rows)
-    return [_record(place, row, mapping) for place, row in rows]
+    if split == test_split:
+        raise InputError(f"data.test_split is {test_split!r}, as data.split is: must be another split, or empty")
+    wanted = [split, *([test_split] if test_split else [])]
+    splits, unread = _read(str(path), wanted)
+    rows = [row for name in wanted for row in splits[name]]
+    columns = choose_columns(fields, rows)
+    kept = {name: [row for row in splits[name] if not skip_empty or has_texts(row[1], columns)] for name in wanted}
+    for name in wanted:
+        if not kept[name]:
+            raise InputError(f"{path}: no record of {name!r} has an instruction and a response")
+    records = {name: _records(kept[name], columns) for name in wanted}
+    skipped = len(rows) - sum(map(len, kept.values()))
+    summary = [
+        f"{len(records[split])} records of {path}"
+        + (f", {len(records[test_split])} of its split {test_split} for testing" if test_split else "")
+        + ": "
+        + ", ".join(f"{role} <- {getattr(columns, role) or 'none'}" for role in ("instruction", "context", "response")),
+        *_unused(rows, columns, column),
+        *([f"left out for want of an instruction or response: {skipped} records"] if skipped else []),
+        *_odd_characters(rows, columns),
+        *([f"files not read: {listing(unread, 8)}"] if unread else []),
+    ]
+    return Data(records[split], records[test_split] if test_split else None, "; ".join(summary))
 
 
-def _rows(path: str, split: str) -> list[Row]:
-    if path == "tiny":
-        return _numbered("tiny", (row for _, row in file_rows(tiny.TASKS)))
+def _records(rows: list[Row], columns: Columns) -> list[Record]:
+    """Returns the records of rows. Raises one InputError for all that are wrong."""
+    records, wrong = [], []
+    for place, row in rows:
+        try:
+            records.append(make_record(place, row, columns))
+        except InputError as error:
+            wrong.append(str(error))
+    if len(wrong) > 1:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        empty = sum(not has_texts(row, columns) for _, row in rows)
+        advice = f"; data.skip_empty=True leaves out the {empty} without an instruction or response" if empty else ""
+        raise InputError(f"{len(wrong)} of {len(rows)} records cannot be used: {'; '.join(wrong[:5])}{more}{advice}")
+    if wrong:
+        raise InputError(wrong[0])
+    return records
+
+
+def _unused(rows: list[Row], columns: Columns, column: str) -> Iterable[str]:
+    """Yields what of the columns does not reach a prompt."""
+    names = dict.fromkeys(name for _, row in rows for name in row if name not in (*columns[:3], "category", column))
+    if names:
+        nested = {name for _, row in rows for name, value in row.items() if value is not None and is_nested(value)}
+        marked = [f"{name} (lists or objects, dropped)" if name in nested else name for name in names]
+        yield f"not in the prompt: {listing(marked)}"
+    without = sum(is_missing(row.get("category")) for _, row in rows)
+    if 0 < without < len(rows):
+        yield f"no category: {without} records, which get {columns.category!r}"
+
+
+def _odd_characters(rows: list[Row], columns: Columns) -> Iterable[str]:
+    places = [place for place, row in rows if any(name and CONTROL.search(str(row.get(name))) for name in columns[:3])]
+    if places:
+        yield f"control characters in the text of {len(places)} records, first {places[0]}"
+
+
+def _read(path: str, wanted: list[str]) -> tuple[dict[str, list[Row]], list[str]]:
+    """Returns the rows of the wanted splits, and the names of data files that are in none of them."""
     local = Path(path).expanduser()
-    if local.is_dir():
-        files = sorted(f for f in local.iterdir() if f.name.endswith(SUFFIXES) and not f.name.startswith("."))
-        if not files:
-            raise InputError(f"{local}: no file in it ends in one of {', '.join(SUFFIXES)}")
-        return [row for file in files for row in file_rows(file)]
-    if local.exists():
-        return file_rows(local)
+    if path != "tiny" and local.is_dir():
+        if any((local / name).exists() for name in ("dataset_dict.json", "state.json")):
+            return _saved_rows(local, wanted), []
+        return _directory_rows(local, wanted)
+    if path == "tiny" or local.exists():
+        _check_splits(path, ["train"], wanted)
+        rows = file_rows(local) if path != "tiny" else numbered(path, (row for _, row in file_rows(tiny.TASKS)))
+        return {"train": rows}, []
     # A Hub name may end in a version (".5") but not in a file suffix, and has at most one slash.
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and not re.search(r"\.[A-Za-z]\w*$", path):
-        return _hub_rows(path, split)
+        return {split: _hub_rows(path, split) for split in wanted}, []
     raise InputError(f"{path}: no such file or directory")
 
 
-def file_rows(file: Path) -> list[Row]:
-    """Returns the place and the columns of every row of a local file. Raises InputError as in `load_records`."""
-    if not file.name.endswith(SUFFIXES):
-        raise InputError(f"{file}: the file's name must end in one of {', '.join(SUFFIXES)}")
-    if file.name.endswith(".parquet"):
-        rows = _parquet_rows(file)
-    elif file.name.removesuffix(".gz").endswith(".jsonl"):
-        lines = ((number, line.rstrip()) for number, line in _lines(file))  # a JSON error counts a newline as a line
-        rows = [(f"{file}:{number}", _parse(line, file, number)) for number, line in lines if line]
-    else:
-        text = "".join(line for _, line in _lines(file))
-        found = _parse(text, file, 1) if text.strip() else []
-        if not isinstance(found, list):
-            kind = type(found).__name__
-            raise InputError(f"{file}: must be a list of records, not {kind}; use .jsonl for one record per line")
-        rows = _numbered(file, found)
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise InputError(f"{place}: a record must be an object, not {type(row).__name__}")
-    if not rows:
-        raise InputError(f"{file}: no record in it")
-    return rows
+def _check_splits(path: str | Path, splits: Iterable[str], wanted: list[str]) -> None:
+    for split in wanted:
+        if split not in splits:
+            raise InputError(f"{path}: no split {split!r}: its splits are {listing(splits)}")
 
 
-def _parquet_rows(file: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
+def _directory_rows(directory: Path, wanted: list[str]) -> tuple[dict[str, list[Row]], list[str]]:
+    """Reads the files that `datasets` takes for the wanted splits, with our own readers: these name lines.
+
+    A cache of `datasets` would not see every change of a file.
+    """
+    import datasets
+    import yaml
+    from datasets.exceptions import DatasetsError
 
     try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a readable parquet file ({_one_line(error)})") from error
-    return _numbered(file, table.to_pylist())
+        with tempfile.TemporaryDirectory() as cache:
+            files = datasets.load_dataset_builder(str(directory), cache_dir=cache).config.data_files or {}
+    except (DatasetsError, OSError, ValueError, RuntimeError, TypeError, yaml.YAMLError) as error:
+        hint = "; a path with [ ] * or ? must be renamed" if re.search(r"[][*?]", str(directory.resolve())) else ""
+        raise InputError(f"{directory}: not a directory of data files ({one_line(error)}){hint}") from error
+    splits = {str(split): sorted({str(file) for file in of_split}) for split, of_split in files.items()}
+    _check_splits(directory, splits, wanted)
+    rows = {split: [row for file in splits[split] for row in file_rows(Path(file))] for split in wanted}
+    read = {file for split in wanted for file in splits[split]}
+    names = (file.relative_to(directory.resolve()) for file in directory.resolve().rglob("*") if str(file) not in read)
+    data = (name for name in names if name.name.endswith(SUFFIXES) and not any(p.startswith(".") for p in name.parts))
+    return rows, sorted(map(str, data))
+
+
+def _saved_rows(directory: Path, wanted: list[str]) -> dict[str, list[Row]]:
+    """Reads a directory that `save_to_disk` of a Dataset or DatasetDict has written."""
+    import datasets
+    import pyarrow
+
+    try:
+        saved = datasets.load_from_disk(str(directory))
+        splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        rows = {split: numbered(f"{directory} ({split})", splits[split]) for split in wanted if split in splits}
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory}: not a readable data set of save_to_disk ({one_line(error)})") from error
+    _check_splits(directory, splits, wanted)
+    return {split: check_rows(directory, rows[split]) for split in wanted}
 
 
 def _hub_rows(name: str, split: str) -> list[Row]:
@@ -124,80 +195,6 @@ def _hub_rows(name: str, split: str) -> list[Row]:
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{name}: not a local file, and split {split!r} could not be loaded from the Hugging Face Hub "
-            f"({_one_line(error)}); download the dataset {name} and set data.path to its file"
+            f"({one_line(error)}); download the dataset {name} and set data.path to its file"
         ) from error
-    if not (rows := _numbered(f"{name} ({split})", dataset)):
-        raise InputError(f"{name}: no record in it")
-    return rows
-
-
-def _numbered(source: str | Path, rows: Iterable[Any]) -> list[Row]:
-    return [(f"{source}: record {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line number from 1, line) of a text file that may be gzipped. Only a newline ends a line."""
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
-    except (EOFError, zlib.error, OSError) as error:
-        raise InputError(f"{file}:{number + 1}: cannot be read ({_one_line(error)})") from error
-
-
-def _parse(text: str, file: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise InputError(f"{file}:{line}: broken JSON ({error.msg} at column {error.colno})") from error
-
-
-def _choose_fields(name: str, rows: list[Row]) -> Fields:
-    found = set().union(*(row for _, row in rows))
-    for mapping in FIELDS.values() if name == "auto" else [FIELDS[name]]:
-        if found.issuperset(mapping.columns()):
-            return mapping
-    wanted = "; ".join(f"{key} ({', '.join(mapping.columns())})" for key, mapping in FIELDS.items())
-    raise InputError(
-        f"{rows[0][0]}: no instruction and response for data.fields={name!r}: the columns are "
-        f"{', '.join(sorted(map(str, found))) or 'none'}; known are {wanted}"
-    )
-
-
-def _record(place: str, row: dict[str, Any], mapping: Fields) -> dict[str, str]:
-    context, category = mapping.context, row.get("category")
-    mapped = {
-        "instruction": text_column(place, row, mapping.instruction),
-        "context": "" if context is None or row.get(context) is None else text_column(place, row, context, blank=True),
-        "response": text_column(place, row, mapping.response),
-        "category": mapping.category if category in (None, "") else text_column(place, row, "category"),
-    }
-    others = {
-        key: text_column(place, row, key, blank=True) if isinstance(value, str) else str(value)
-        for key, value in row.items()
-        if key not in mapped and key not in mapping.columns() and isinstance(value, str | int | float)
-    }
-    return mapped | others
-
-
-def text_column(place: str, row: dict[str, Any], column: str, *, blank: bool = False) -> str:
-    """Returns the text in a column of a row. Raises InputError if it is no valid text, or is empty without `blank`."""
-    value = row.get(column)
-    if value is None:
-        raise InputError(f"{place}: the record has no {column}")
-    if not isinstance(value, str):
-        raise InputError(f"{place}: {column} must be a string, not {type(value).__name__}")
-    if not blank and not value.strip():
-        raise InputError(f"{place}: {column} is empty")
-    # JSON can contain half a surrogate pair ("\ud83d"), which no tokenizer accepts.
-    if re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{place}: {column} contains half a surrogate pair, which is not text")
-    return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return check_rows(name, numbered(f"{name} ({split})", dataset))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flex_jax.data.prompts import TEMPLATE, prompt_text
-from flex_jax.data.sources import file_rows, text_column
+from flex_jax.data.readers import file_rows, text_column
 from flex_jax.errors import InputError
 from flex_jax.evaluation.generation import GenerationSettings, Sampling, generate_tokens
 from flex_jax.federated.client import ClientModels

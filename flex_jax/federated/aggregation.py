@@ -1,8 +1,8 @@
 """Aggregation: the stacked uploads of a cohort become one tree, by the mean or by a rule that resists bad clients.
 
-Up to `byzantine` clients of a cohort may send anything, including NaN and infinity. The result of the median (if they
-are fewer than half), the trimmed mean, Krum and multi-Krum stays finite. The geometric median resists only noise with a
-finite squared norm, unless uploads are clipped first.
+A client that is not `present` [C] is left out of the round; its upload is zeros. Of the others up to `byzantine` may
+send anything finite. The median (if they are fewer than half), the trimmed mean, Krum and multi-Krum resist them. The
+geometric median resists only noise with a finite squared norm, unless uploads are clipped first.
 """
 
 import jax
@@ -30,20 +30,27 @@ def clip(stacked: dict, clip_norm: float) -> dict:
     return jax.vmap(clip_client)(stacked)
 
 
-def median(stacked: dict) -> dict:
+def replace_absent(leaf: jax.Array, present: jax.Array, value: float) -> jax.Array:
+    return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, value)
+
+
+def median(stacked: dict, present: jax.Array) -> dict:
     """Returns the median of each coordinate over the C clients (Yin et al. 2018, arXiv 1803.01498), unweighted."""
-
-    def middle(leaf):  # jnp.median would propagate a NaN; infinity stays at one end
-        return jnp.median(jnp.where(jnp.isnan(leaf), jnp.inf, leaf), axis=0)
-
-    return jax.tree.map(middle, stacked)
+    return jax.tree.map(lambda leaf: jnp.nanmedian(replace_absent(leaf, present, jnp.nan), axis=0), stacked)
 
 
-def trimmed_mean(stacked: dict, byzantine: int) -> dict:
+def mean_of_range(leaf: jax.Array, first, end) -> jax.Array:
+    """Returns the mean of the rows from `first` to `end`, which need not be static."""
+    rows = jnp.arange(len(leaf))
+    return replace_absent(leaf, (rows >= first) & (rows < end), 0).sum(axis=0) / (end - first)
+
+
+def trimmed_mean(stacked: dict, byzantine: int, present: jax.Array) -> dict:
     """Returns each coordinate's mean without its `byzantine` largest and smallest (Yin et al. 2018), unweighted."""
 
-    def trim(leaf):  # jnp.sort puts NaN last, so it is trimmed as one of the largest
-        return jnp.sort(leaf, axis=0)[byzantine : leaf.shape[0] - byzantine].mean(axis=0)
+    def trim(leaf):
+        ordered = jnp.sort(replace_absent(leaf, present, jnp.inf), axis=0)
+        return mean_of_range(ordered, byzantine, present.sum() - byzantine)
 
     return jax.tree.map(trim, stacked)
 
@@ -66,7 +73,7 @@ def geometric_median(stacked: dict, weights: jax.Array) -> dict:
     return jax.lax.fori_loop(0, ITERATIONS, step, weighted_mean(stacked, weights))
 
 
-def krum(stacked: dict, byzantine: int, count: int) -> dict:
+def krum(stacked: dict, byzantine: int, count, present: jax.Array) -> dict:
     """Returns the plain mean of the `count` best clients (Blanchard et al. 2017, arXiv 1703.02757), unweighted.
 
     A client's score, lower is better, is the sum of its squared distances from its C - byzantine - 2 nearest others.
@@ -74,21 +81,23 @@ def krum(stacked: dict, byzantine: int, count: int) -> dict:
     # One client at a time, so that no array [C, C, P] exists. |a|^2 + |b|^2 - 2ab would cancel if a is near b.
     distances = jax.lax.map(lambda point: squared_distances(stacked, point), stacked)
     cohort = distances.shape[0]
-    # A client is not its own neighbour. Distances from a client with NaN or infinity are NaN or infinity, which both
-    # sorts below put last: such a client is nobody's neighbour and has the worst score.
-    distances = jnp.where(jnp.eye(cohort, dtype=bool), jnp.inf, distances)
-    scores = jnp.sort(distances, axis=1)[:, : cohort - byzantine - 2].sum(axis=1)
-    best = jnp.argsort(scores)[:count]  # selected, because 0 * NaN is NaN
-    return jax.tree.map(lambda leaf: leaf[best].mean(axis=0), stacked)
+    # A client is not its own neighbour, and one that is not present is nobody's.
+    distances = jnp.where(jnp.eye(cohort, dtype=bool) | ~present, jnp.inf, distances)
+    neighbours = jnp.arange(cohort) < present.sum() - byzantine - 2
+    scores = jnp.where(neighbours, jnp.sort(distances, axis=1), 0).sum(axis=1)
+    best = jnp.argsort(jnp.where(present, scores, jnp.inf))
+    return jax.tree.map(lambda leaf: mean_of_range(leaf[best], 0, count), stacked)
 
 
-RULES = {  # name -> (stacked, weights [C], byzantine) -> combined
-    "mean": lambda stacked, weights, byzantine: weighted_mean(stacked, weights),
-    "median": lambda stacked, weights, byzantine: median(stacked),
-    "trimmed_mean": lambda stacked, weights, byzantine: trimmed_mean(stacked, byzantine),
-    "geometric_median": lambda stacked, weights, byzantine: geometric_median(stacked, weights),
-    "krum": lambda stacked, weights, byzantine: krum(stacked, byzantine, 1),
-    "multi_krum": lambda stacked, weights, byzantine: krum(stacked, byzantine, weights.shape[0] - byzantine),
+RULES = {  # name -> (stacked, weights [C], byzantine, present [C]) -> combined
+    "mean": lambda stacked, weights, byzantine, present: weighted_mean(stacked, weights),
+    "median": lambda stacked, weights, byzantine, present: median(stacked, present),
+    "trimmed_mean": lambda stacked, weights, byzantine, present: trimmed_mean(stacked, byzantine, present),
+    "geometric_median": lambda stacked, weights, byzantine, present: geometric_median(stacked, weights),
+    "krum": lambda stacked, weights, byzantine, present: krum(stacked, byzantine, 1, present),
+    "multi_krum": lambda stacked, weights, byzantine, present: krum(
+        stacked, byzantine, present.sum() - byzantine, present
+    ),
 }
 
 

@@ -1,30 +1,73 @@
-"""A run on disk: the state of its server after the newest finished round, and the states of its clients."""
+"""A run on disk: the state of its server after the newest finished rounds, and the states of its clients."""
 
+import json
+import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flex_jax.federated.client_store import ClientStore
+from flex_jax.errors import InputError
+from flex_jax.federated.client_store import ClientStore, Damaged, named_leaves
 from flex_jax.federated.state import NO_CLIENTS, ClientState, RoundState
+from flex_jax.files import sweep
+from flex_jax.fingerprint import digest_arrays, digest_json
+from flex_jax.locks import reading, removing
+
+Totals = Counter[str]  # what was counted over the rounds of a run, such as bytes
+
+
+class Label(NamedTuple):
+    """What is stored with a server state."""
+
+    newest: np.ndarray  # the table of client files, see ClientStore
+    totals: Totals
+    arrays: str  # checksum of the server state
 
 
 class Checkpoints:
     """The rounds of one run in a directory. Use as a context manager.
 
-    A round is saved once orbax has committed its server state and the table of client files; it commits both together.
-    Client files are written before that under new names, and old ones are removed after it. All of it happens in the
-    background while the next round runs. A round that was interrupted writes the same files when it runs again.
+    A round is saved once orbax has committed its server state with its label: the identity of the run, the table of
+    client files, the totals and checksums. Client files are written before that under new names. All of it happens in
+    the background while the next round runs. A round that was interrupted writes the same files when it runs again.
+    The round before is kept, with its client files, and takes the place of the newest one if that is damaged.
+
+    Args:
+        directory: of the run.
+        init_clients: client ids [C] -> their first states.
+        num_clients: N, that of the federation.
+        identity: everything that decides about a run's results, in JSON's types. A run of another one is refused.
+        read_only: nothing is written or removed; another process may train at the same time.
     """
 
-    def __init__(self, directory: Path, init_clients: Callable[[np.ndarray], ClientState], num_clients: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(directory.absolute() / "server", options=options)
-        self.clients = ClientStore(directory / "clients", init_clients, num_clients)
+    def __init__(
+        self,
+        directory: Path,
+        init_clients: Callable[[np.ndarray], ClientState],
+        num_clients: int,
+        identity: dict[str, Any],
+        *,
+        read_only: bool = False,
+    ):
+        self._directory, self._identity = directory, json.loads(json.dumps(identity))
+        self.clients = ClientStore(directory / "clients", init_clients, num_clients, digest_json(self._identity))
+        if not read_only:
+            (directory / "clients").mkdir(parents=True, exist_ok=True)
+            (directory / ".reading").touch()
+            sweep(directory / "clients")
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only, cleanup_tmp_directories=not read_only, enable_async_checkpointing=False
+        )
+        self._manager = ocp.CheckpointManager(
+            directory.absolute() / "server", options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
+        self._tables: dict[int, np.ndarray] = {}  # of the stored rounds, see ClientStore.newest
         self._writer, self._saving = ThreadPoolExecutor(1), Future()
         self._saving.set_result(None)
 
@@ -37,40 +80,119 @@ class Checkpoints:
         if error[0] is None:
             self._saving.result()
 
-    def save(self, state: RoundState) -> None:
-        """Saves the server state after round `state.round` and the clients in the store's cache.
+    def save(self, state: RoundState, totals: Totals) -> None:
+        """Saves the server state after round `state.round`, the totals, and the clients in the store's cache.
 
         The copy off the device is made before this returns, the rest in the background.
         """
         self._saving.result()  # one save at a time; an error of the last one is raised here
         client_states = self.clients.copy_to_host()
         without_clients = jax.tree.map(np.array, state._replace(clients=NO_CLIENTS))
-        self._saving = self._writer.submit(self._write, without_clients, client_states)
+        self._saving = self._writer.submit(self._write, without_clients, Totals(totals), client_states)
 
-    def restore(self, like: RoundState) -> RoundState | None:
-        """Returns the newest saved state, without clients, in the structure of `like`; None if there is none.
+    def restore(self, like: RoundState) -> tuple[RoundState, Totals] | None:
+        """Returns the newest sound round, without clients, and the totals up to it; None if no round is stored.
 
-        Raises ValueError if it has another number of clients.
+        `like` has the structure of the state. Files that no sound round needs are removed. Raises InputError if the
+        rounds are of another run, or none of them is sound.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._saved(like, self.clients.newest))
-        saved = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        if int(saved["clients"]) != len(self.clients.newest):  # orbax would truncate or pad the table
-            raise ValueError(f"it has {int(saved['clients'])} clients, not {len(self.clients.newest)}")
-        self.clients.newest = np.array(saved["newest"])
-        return like._replace(**{name: saved[name] for name in ("round", "server", "key")})
+        restored = self._newest_sound(like, self.clients.check)
+        last = int(restored[0].round) if restored else 0
+        with removing(self._directory, wait=True):
+            for round in self._manager.all_steps():
+                try:
+                    label = self._label(round)
+                except Damaged:
+                    label = None
+                if label and round <= last:
+                    self._tables[round] = label.newest
+                else:
+                    self._manager.delete(round)
+            self.clients.remove_except(list(self._tables.values()))
+        return restored
 
-    def _write(self, state: RoundState, client_states: dict[int, dict[str, np.ndarray]]) -> None:
-        round = int(state.round)
-        newest, replaced = self.clients.write(client_states, round)
-        self._manager.save(round, args=ocp.args.StandardSave(self._saved(state, newest)))
+    def read(self, like: RoundState, client_ids: list[int]) -> RoundState | None:
+        """Returns the newest sound round with the states of some clients, while another process may train on.
+
+        Raises InputError as `restore`.
+        """
+        loaded = [NO_CLIENTS]
+        with reading(self._directory):
+            self._manager.reload()
+            restored = self._newest_sound(like, lambda _: loaded.append(self.clients.load(np.array(client_ids, int))))
+        return restored and restored[0]._replace(clients=loaded[-1] if client_ids else NO_CLIENTS)
+
+    def _newest_sound(self, like: RoundState, check_clients: Callable[[int], None]) -> tuple[RoundState, Totals] | None:
+        """Reads rounds, the newest first, until one is sound. `check_clients` raises Damaged if its clients are not."""
+        first: Damaged | None = None
+        for round in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                label = self._label(round)
+                state = self._state(round, label, like)
+                self.clients.newest = label.newest
+                check_clients(round)
+            except Damaged as error:
+                first = first or error
+                continue
+            if first:
+                print(f"flex_jax: {first.problem}: round {round} takes the place of a later one", file=sys.stderr)
+            return state, label.totals
+        if first:
+            raise first
+        return None
+
+    def _label(self, round: int) -> Label:
+        """Reads what was saved with a round. Raises Damaged, or InputError if it is of another run."""
+        try:
+            content = dict(self._manager.metadata(round).custom_metadata)
+            checksum = content.pop("sha256")
+        except Exception as error:  # orbax and its readers raise many types for damaged files
+            raise self._damaged(round, f"its label cannot be read, {type(error).__name__}") from error
+        if checksum != digest_json(content):
+            raise self._damaged(round, "its label does not have its checksum")
+        if different := sorted(key for key, value in self._identity.items() if content["identity"].get(key) != value):
+            raise InputError(
+                f"{self._directory}: of another run (different: {', '.join(different)}); without it the same command "
+                "starts this run again"
+            )
+        newest = np.zeros_like(self.clients.newest)
+        newest[[int(client) for client in content["newest"]]] = list(content["newest"].values())
+        return Label(newest, Totals(content["totals"]), content["arrays"])
+
+    def _state(self, round: int, label: Label, like: RoundState) -> RoundState:
+        files = (self._directory / "server" / str(round)).rglob("*")
+        if any(not (file.is_file() or file.is_dir()) for file in files):  # reading a pipe would wait for its writer
+            raise self._damaged(round, "it has something that is no file")
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(like))
+        try:
+            stored = self._manager.restore(round, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # as above
+            raise self._damaged(round, f"its arrays cannot be read, {type(error).__name__}") from error
+        if digest_arrays(named_leaves(stored)) != label.arrays:
+            raise self._damaged(round, "its arrays do not have their checksum")
+        return like._replace(**stored)
+
+    def _damaged(self, round: int, reason: str) -> Damaged:
+        return Damaged(self._directory / "server" / str(round), self._directory, reason)
+
+    def _write(self, state: RoundState, totals: Totals, client_states: dict[int, dict[str, np.ndarray]]) -> None:
+        round, arrays = int(state.round), _arrays(state)
+        newest = self.clients.write(client_states, round)
+        label: dict[str, Any] = {
+            "identity": self._identity,
+            "newest": {str(client): int(newest[client]) for client in np.flatnonzero(newest)},
+            "totals": dict(totals),
+            "arrays": digest_arrays(named_leaves(arrays)),
+        }
+        label["sha256"] = digest_json(label)
+        self._manager.save(round, args=ocp.args.StandardSave(arrays), custom_metadata=label)
         self.clients.commit(newest)
-        for file in replaced:
-            file.unlink(missing_ok=True)
+        self._tables[round] = newest
+        with removing(self._directory) as nobody_reads:
+            for old in sorted(self._tables)[:-2] if nobody_reads else []:
+                self._manager.delete(old)
+                self.clients.remove_replaced(self._tables.pop(old), list(self._tables.values()))
 
-    @staticmethod
-    def _saved(state: RoundState, newest: np.ndarray) -> dict[str, Any]:
-        clients = np.array(len(newest), np.int32)
-        return {"round": state.round, "server": state.server, "key": state.key, "newest": newest, "clients": clients}
+
+def _arrays(state: RoundState) -> dict[str, Any]:
+    return {"round": state.round, "server": state.server, "key": state.key}

@@ -93,7 +93,7 @@ def client_round(
     from zero in every round. On a mesh each device draws its own dropout.
 
     The metrics train_loss (nats per token) and grad_norm (before clipping and the method's corrections) are means over
-    steps; upload_bytes and download_bytes are `ByteCount`.
+    steps; upload_bytes and download_bytes are `ByteCount`; finite says whether upload, new state and losses are.
     """
     (spec, settings, axes), client = training, context.state
     rule = spec.method.client
@@ -139,4 +139,10 @@ def client_round(
     upload_bytes, download_bytes = rule.wire_bytes(context, packed)
     metrics = {"train_loss": losses.mean(), "grad_norm": norms.mean()}
     metrics |= {"upload_bytes": upload_bytes, "download_bytes": download_bytes}
-    return ClientUpdate(packed, ClientState(result.personal, client.grafts, result.extra, residual), metrics)
+    update = ClientUpdate(packed, ClientState(result.personal, client.grafts, result.extra, residual), metrics)
+    return update._replace(metrics=metrics | {"finite": is_finite((update.upload, update.state, losses))})
+
+
+def is_finite(tree: Any) -> jax.Array:
+    """Whether no leaf of a tree has a NaN or an infinity, bool []."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

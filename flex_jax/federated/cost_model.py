@@ -9,6 +9,7 @@ from flex_jax.federated.client import exchanged
 from flex_jax.federated.compression import compress, init_residual, tree_bytes
 from flex_jax.federated.method import MethodSpec
 from flex_jax.federated.state import ClientState, Frozen, RoundState
+from flex_jax.ops.attention import has_flash
 from flex_jax.ops.cross_entropy import LOGIT_CHUNK
 from flex_jax.ops.quantised import Quantised
 
@@ -42,7 +43,7 @@ def count(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantised)))
 
 
-def _activation_bytes(spec: MethodSpec, step: StepShape, num_slots: int, itemsize: int) -> int:
+def _activation_bytes(spec: MethodSpec, step: StepShape, num_slots: int, dtype) -> int:
     """Bytes of activations in a step: an estimate from above.
 
     The input of every layer; the products of its matrices (see ops/remat.py), for one layer with rematerialisation and
@@ -56,8 +57,8 @@ def _activation_bytes(spec: MethodSpec, step: StepShape, num_slots: int, itemsiz
     products = attended + 2 * hidden + (2 + num_slots) * c.hidden_size
     working = products + hidden + 2 * c.num_experts_per_tok * c.hidden_size
     per_token = c.num_layers * c.hidden_size + (1 if remat else c.num_layers) * products + working
-    scores = 3 * tokens * c.num_heads * step.sequence_length * 4
-    return tokens * per_token * itemsize + scores + 2 * min(tokens, LOGIT_CHUNK) * c.vocab_size * 4
+    scores = 0 if has_flash(dtype, c.key_dim) else 3 * tokens * c.num_heads * step.sequence_length * 4
+    return tokens * per_token * dtype.itemsize + scores + 2 * min(tokens, LOGIT_CHUNK) * c.vocab_size * 4
 
 
 def plan(spec: MethodSpec, frozen: Frozen, state: RoundState, step: StepShape) -> Plan:
@@ -74,12 +75,12 @@ def plan(spec: MethodSpec, frozen: Frozen, state: RoundState, step: StepShape) -
 
     personal = count(client.personal)
     client_bytes = 5 * (tree_bytes(download.shared) + tree_bytes(client.personal))
-    itemsize = frozen.params["embedding"].dtype.itemsize
+    dtype = frozen.params["embedding"].dtype
     num_slots = spec.model.adapters.slot.num_experts if client.grafts else 0
-    activations = _activation_bytes(spec, step, num_slots, itemsize)
+    activations = _activation_bytes(spec, step, num_slots, dtype)
     gate_up = frozen.params["layers"]["moe"]["gate_up"]
     if isinstance(gate_up, Quantised):  # one layer's larger matrices, dequantised
-        activations += math.prod(gate_up.shape[1:]) * itemsize
+        activations += math.prod(gate_up.shape[1:]) * dtype.itemsize
     frozen_bytes = tree_bytes(frozen) // step.slices
     return Plan(
         frozen=count(frozen),

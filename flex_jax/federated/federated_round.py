@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flex_jax.data.batches import Batch
-from flex_jax.federated.client import LocalTraining, OptimizerSettings, client_context, client_round, exchanged
+from flex_jax.federated.client import (
+    LocalTraining,
+    OptimizerSettings,
+    client_context,
+    client_round,
+    exchanged,
+    is_finite,
+)
 from flex_jax.federated.cohort_sharding import shard_cohort
 from flex_jax.federated.method import MethodSpec
 from flex_jax.federated.server import aggregate
@@ -40,7 +47,9 @@ def make_round(
 
     The cohort is a `vmap` of `client_round`, and the server's update is in the same jit. The state is donated.
     metrics["clients"] has arrays [C], and the `ByteCount` of upload and download; metrics["server"] has the learning
-    rate. `num_clients` is N, that of the federation. `cohort_sharding.place` puts the inputs on the devices of a mesh.
+    rate. Both have `finite`. The server leaves out a client whose upload, state or loss is not finite, and the caller
+    has to replace its new state. `num_clients` is N, that of the federation. `cohort_sharding.place` puts the inputs on
+    the devices of a mesh.
     """
 
     def train_cohort(training: LocalTraining, inputs: RoundInputs, learning_rate, keys):
@@ -69,9 +78,11 @@ def make_round(
         else:
             client_updates = train_over_mesh(mesh, inputs, learning_rate, keys)
         upload_shapes, _ = exchanged(spec, state.server, jax.tree.map(lambda leaf: leaf[0], state.clients))
-        server = aggregate(spec, num_clients, upload_shapes, state.server, client_updates.upload, num_examples)
+        counted = jnp.where(client_updates.metrics["finite"], num_examples, 0)
+        server = aggregate(spec, num_clients, upload_shapes, state.server, client_updates.upload, counted)
         new_state = RoundState(state.round + 1, server, client_updates.state, state.key)
-        return new_state, {"clients": client_updates.metrics, "server": {"learning_rate": learning_rate}}
+        server_metrics = {"learning_rate": learning_rate, "finite": is_finite((server, learning_rate))}
+        return new_state, {"clients": client_updates.metrics, "server": server_metrics}
 
     return round_fn
 

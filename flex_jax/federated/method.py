@@ -82,7 +82,7 @@ class ServerContext(NamedTuple):
     """What the server has at the end of a round."""
 
     uploads: Upload  # leading axis C; `delta`, not `extra`, is already clipped to config.server.clip_norm
-    weights: jax.Array  # [C] float32, sum to one
+    weights: jax.Array  # [C] float32, sum to one; 0 for a client that is left out: then its upload is zeros
     mean: Mean
     num_clients: int  # N: clients of the federation, not of the cohort
 

@@ -1,7 +1,6 @@
 """The server: it gets the uploads of a cohort and the clients' numbers of examples, and nothing else."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,11 @@ from flex_jax.federated.state import ServerState
 
 
 def client_weights(num_examples: jax.Array, weighting: str) -> jax.Array:
-    """Returns the weight of each client of a cohort, [C], with sum one. weighting: "examples" or "uniform"."""
-    weights = num_examples if weighting == "examples" else jnp.ones_like(num_examples)
+    """Returns the weight of each client of a cohort, [C], with sum one. weighting: "examples" or "uniform".
+
+    A client without examples is not in the cohort; its weight is 0.
+    """
+    weights = num_examples if weighting == "examples" else jnp.sign(num_examples)
     return weights / weights.sum()
 
 
@@ -26,7 +28,7 @@ def make_mean(settings: Settings, client_weights: jax.Array) -> Callable[..., di
         if not jax.tree.leaves(stacked):  # the method shares nothing
             return stacked
         chosen = client_weights if weights is None else weights
-        return RULES[settings.aggregation](stacked, chosen, settings.byzantine)
+        return RULES[settings.aggregation](stacked, chosen, settings.byzantine, client_weights > 0)
 
     return mean
 
@@ -42,9 +44,14 @@ def aggregate(
     """Returns the server's state after a round.
 
     `num_clients` is N, that of the federation; `upload_shapes` is one upload before compression; `uploads` is
-    what was sent, leading axis C; num_examples [C] float32.
+    what was sent, leading axis C; num_examples [C] float32, 0 for a client that is left out of the round: then its
+    upload may be anything.
     """
-    uploads = jax.vmap(partial(decompress, like=upload_shapes), axis_size=len(num_examples))(uploads)
+
+    def read(upload, examples):
+        return jax.tree.map(lambda leaf: jnp.where(examples > 0, leaf, 0), decompress(upload, like=upload_shapes))
+
+    uploads = jax.vmap(read)(uploads, num_examples)
     if spec.settings.clip_norm > 0 and jax.tree.leaves(uploads.delta):
         uploads = uploads._replace(delta=clip(uploads.delta, spec.settings.clip_norm))
     weights = client_weights(num_examples, spec.settings.weighting)

@@ -51,6 +51,7 @@ def product_norm(tree: dict) -> jax.Array:
 def update(server: ServerState, context: ServerContext) -> ServerState:
     pairs = trained_pairs(server.shared, context.uploads)
     norms = jnp.maximum(jax.vmap(product_norm)(pairs), jnp.finfo(jnp.float32).tiny)  # equal weights if all are zero
+    norms = jnp.where(context.weights > 0, norms, 0)
     changes = jax.tree.map(jnp.subtract, pairs, server.shared)
     mean = truncate(context.mean(changes, weights=norms / norms.sum()), context.uploads.extra["rank"].max())
     return server._replace(shared=optax.apply_updates(server.shared, mean))

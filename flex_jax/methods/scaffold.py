@@ -56,8 +56,8 @@ def make_result(context: ClientContext, trained: Trained) -> ClientResult:
 def update(server: ServerState, context: ServerContext) -> ServerState:
     """x + mean of the deltas; c + |S| / N times the unweighted mean of the changes of the cohort's controls."""
     shared = optax.apply_updates(server.shared, context.mean(context.uploads.delta))
-    cohort_size = len(context.weights)
-    uniform = jnp.full(cohort_size, 1 / cohort_size)
+    cohort_size = (context.weights > 0).sum()
+    uniform = (context.weights > 0) / cohort_size
     change = context.mean(context.uploads.extra["control"], weights=uniform)
     part = cohort_size / context.num_clients
     control = jax.tree.map(lambda c, dc: c + part * dc, server.extra["control"], change)

@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import json
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -30,19 +32,31 @@ from flex_jax.ops.quantised import Quantised, dequantise, quantise
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # some checkpoints contain a tied head as well
 FUSED = "mlp.experts.gate_up_proj"  # end of a tensor's name, if all experts of a layer share the tensor
 READABLE = ("F64", "F32", "F16", "BF16")
 IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # computed, not learnt; some old checkpoints contain it
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]  # configs, weights, tokenizer and code
+READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 MAX_NAMED_ERRORS = 8  # wrong tensors that the error line names; further ones are only counted
 SHARD_BYTES = 5e9
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # (path of a parameter, shape) -> sharding
 
 
+def local_path(path) -> Path:
+    """Returns the path, which may start with ~. Raises InputError if no file can have that name."""
+    try:
+        local = Path(path).expanduser()
+        local.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, the home of an unknown user, a NUL
+        raise InputError(f"{str(path)!r}: cannot be a path ({error})") from error
+    return local
+
+
 def find_checkpoint(path) -> Path:
     """Returns the local directory of a checkpoint: a directory, or a Hugging Face model to download."""
-    directory = Path(path).expanduser()
+    directory = local_path(path)
     if directory.exists():
         return directory
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -61,6 +75,11 @@ def find_checkpoint(path) -> Path:
         raise InputError(f"{path}: no such directory, and it cannot be downloaded from the Hub: {error}") from error
 
 
+def checkpoint_files(directory: Path) -> list[Path]:
+    """Returns the files of a checkpoint that decide about a model and its tokenizer, in order."""
+    return sorted(file for file in directory.iterdir() if file.suffix in READ_SUFFIXES and file.is_file())
+
+
 def read_model_config(file: Path) -> ModelConfig:
     if not file.is_file():
         raise InputError(f"{file.parent}: not a checkpoint directory (no {file.name})")
@@ -72,7 +91,7 @@ def read_model_config(file: Path) -> ModelConfig:
         return read_config(FAMILIES[name], raw)
     except KeyError as error:
         raise InputError(f"{file}: key {error} is missing") from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise InputError(f"{file}: not supported: {error}") from error
 
 
@@ -146,8 +165,9 @@ def _write_part(parameter: jax.Array | Quantised, part: jax.Array, start: jax.Ar
 
 
 def read_json(file: Path) -> dict:
+    """Reads a JSON object. Raises InputError that names the file and what is wrong with it."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_distinct_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: broken JSON ({error})") from error
     except OSError as error:
@@ -157,31 +177,55 @@ def read_json(file: Path) -> dict:
     return value
 
 
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict:
+    if len(value := dict(pairs)) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {name!r} stands twice in one object")
+    return value
+
+
 def _open(directory: Path, stack) -> dict:
-    """Returns {tensor name: the open file that contains it}."""
+    """Returns {tensor name: the open file that contains it}. A line on stderr names the weights that are not read."""
     names = [WEIGHTS]
     if (directory / INDEX).is_file():
         shard_of = read_json(directory / INDEX).get("weight_map")
         if not isinstance(shard_of, dict) or not shard_of:
             raise InputError(f"{directory / INDEX}: key 'weight_map' is missing")
         for file in shard_of.values():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
                 raise InputError(f"{directory / INDEX}: {file!r} is not the name of a file next to it")
         names = sorted(set(shard_of.values()))
+    present = sorted(path.name for path in directory.glob("*.safetensors"))
+    if WEIGHTS in present and WEIGHTS not in names:
+        missing = [name for name in names if name not in present]
+        state = f"{missing[0]} is missing" if missing else "all of them are there"
+        raise InputError(
+            f"{directory}: has {WEIGHTS}, which transformers reads, and {INDEX}, which names {len(names)} other files "
+            f"({state}): delete what is out of date"
+        )
+    if present and names == [WEIGHTS] and WEIGHTS not in present:
+        raise InputError(f"{directory}: missing weights file {WEIGHTS}, or {INDEX} that names {present[0]!r}")
     files = {}
     for name in names:
         opened = open_tensors(directory / name, stack)
         if duplicates := sorted(files.keys() & opened.keys()):
             raise InputError(f"{directory / name}: tensor {duplicates[0]} is also in another file of the checkpoint")
         files |= opened
+    tell_unread(directory, names)
     return files
+
+
+def tell_unread(directory: Path, names: list[str]) -> None:
+    """Prints a line on stderr that names the other weights of a directory, if there are any."""
+    if unread := sorted(path.name for path in directory.glob("*.safetensors") if path.name not in names):
+        print(f"flex_jax: {directory}: weights not read: {', '.join(map(repr, unread))}", file=sys.stderr)
 
 
 def open_tensors(file: Path, stack: contextlib.ExitStack) -> dict:
     """Returns {tensor name: the open file}. `stack` closes the file. Raises InputError if it is missing or broken."""
-    if not file.is_file():
-        raise InputError(f"{file}: missing weights file")
     try:
+        if not file.is_file():
+            raise InputError(f"{file}: missing weights file")
         opened = stack.enter_context(safe_open(file, framework="np"))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: cannot be read as a complete safetensors file ({error})") from error
@@ -201,8 +245,15 @@ def check_tensors(directory: Path, mappings: list[WeightMapping], files: dict, q
             wrong.append(f"{name} has shape {stored.get_shape()}, not {list(shape)}")
         elif stored.get_dtype() not in READABLE:
             wrong.append(f"{name} has type {stored.get_dtype()}, not one of {', '.join(READABLE)}")
-    tied = "lm_head.weight" not in shapes  # some checkpoints contain the tied head as well
-    wrong += [f"{name} is not part of the model" for name in unknown if not (tied and name == "lm_head.weight")]
+    tied = EMBEDDING in shapes and HEAD not in shapes
+    wrong += [f"{name} is not part of the model" for name in unknown if not (tied and name == HEAD)]
+    if (
+        tied
+        and not wrong
+        and HEAD in files
+        and not _equal(*(files[name].get_slice(name) for name in (HEAD, EMBEDDING)))
+    ):
+        wrong.append(f"{HEAD} differs from {EMBEDDING}, though tie_word_embeddings is true")
     for mapping in mappings:
         inputs = mapping.part_shape[-2:][0]
         if quantisation and mapping.quantisable and inputs % 2:
@@ -211,6 +262,15 @@ def check_tensors(directory: Path, mappings: list[WeightMapping], files: dict, q
         more = f"; and {len(wrong) - MAX_NAMED_ERRORS} more" if len(wrong) > MAX_NAMED_ERRORS else ""
         count = f"{len(wrong)} wrong tensor{'s' * (len(wrong) > 1)}"
         raise InputError(f"{directory}: {count}: {'; '.join(wrong[:MAX_NAMED_ERRORS])}{more}")
+
+
+def _equal(one, other) -> bool:
+    """Whether two tensors of open files are equal. Memory: some of their rows."""
+    if (one.get_shape(), one.get_dtype()) != (other.get_shape(), other.get_dtype()):
+        return False
+    rows = one.get_shape()[0]
+    pieces = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+    return all(np.array_equal(one[piece], other[piece]) for piece in pieces)
 
 
 def save_pretrained(path, config: ModelConfig, frozen: dict, *, tokenizer=None, raw: dict | None = None, extra=()):

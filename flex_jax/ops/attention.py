@@ -9,6 +9,11 @@ FLASH_SIZE = 128  # the largest head that cuDNN's flash attention takes on every
 MASKED_SCORE = -1e30
 
 
+def has_flash(dtype, size: int) -> bool:
+    """Whether causal attention with heads of this size is flash attention, which stores no scores."""
+    return jax.default_backend() == "gpu" and dtype in FLASH_DTYPES and size <= FLASH_SIZE
+
+
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, scale: float) -> jax.Array:
     """Returns softmax(scale q k') v, [B, S, H, v].
 
@@ -22,8 +27,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
     if jax.default_backend() == "cpu":
         return _attention_on_cpu(query, key, value, mask, scale)
     causal, size, value_size = mask is None, key.shape[-1], value.shape[-1]
-    flash = causal and jax.default_backend() == "gpu" and query.dtype in FLASH_DTYPES and size <= FLASH_SIZE
-    kind = "cudnn" if flash else None
+    kind = "cudnn" if causal and has_flash(query.dtype, size) else None
     value = jnp.pad(value, (*((0, 0),) * 3, (0, size - value_size)))  # the fused operator needs equal sizes
     y = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, is_causal=causal, implementation=kind)
     return y[..., :value_size]

@@ -56,8 +56,13 @@ HEAD = f"""<!DOCTYPE html>
 <body><main><h1>Federated personalisation report</h1>"""
 
 
-def write_report(path: Path, results: Results, metrics: Metrics, *, notes: Sequence[str], config: Mapping) -> None:
-    """Writes the page, atomically. The notes tell a reader how to judge the numbers. The config is shown in full."""
+def write_report(
+    path: Path, results: Results, metrics: Metrics, *, notes: Sequence[str], config: Mapping, data: str = ""
+) -> None:
+    """Writes the page, atomically. The notes tell a reader how to judge the numbers. The config is shown in full.
+
+    `data` says in a line which columns of the data are in the prompts.
+    """
     runs = tables.ranked_runs(results)
     leading = dict(islice(runs.items(), LEADING))
     words = f" The {LEADING} best of {len(runs)} methods by ROUGE-L." if len(runs) > LEADING else ""
@@ -69,15 +74,16 @@ def write_report(path: Path, results: Results, metrics: Metrics, *, notes: Seque
         "ROUGE-L of each client on its own test examples, mean over the seeds. The error bar is one standard "
         f"deviation over the seeds.{words}"
     )
-    sections = {
-        "Summary": _summary(results, runs, notes),
-        "Learning curves": _figure(plots.learning_curves(leading, metrics), curves),
-        "Clients": _figure(plots.client_bars(leading), bars) + _client_table(runs),
-        "Grafted experts": _grafts(runs),
-        "Communication, size and time": _costs(runs),
-        "Examples": _examples(runs),
-        "Configuration, versions and device": _environment(results, config),
-    }
+    sections = {"Summary": _summary(results, runs, [*notes, *_troubles(results)])}
+    if runs:
+        sections |= {
+            "Learning curves": _figure(plots.learning_curves(leading, metrics), curves),
+            "Clients": _figure(plots.client_bars(leading), bars) + _client_table(runs),
+            "Grafted experts": _grafts(runs),
+            "Communication, size and time": _costs(runs),
+            "Examples": _examples(runs),
+        }
+    sections["Configuration, versions and device"] = _environment(results, config, data)
     parts = [f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content]
     write_text(path, "\n".join([HEAD, _facts(results, runs, metrics), *parts, "</main></body></html>\n"]))
 
@@ -86,7 +92,7 @@ def _facts(results: Results, runs: Runs, metrics: Metrics) -> str:
     facts = {
         "methods": len(runs),
         "seeds": ", ".join(map(str, sorted({run["seed"] for run in results["runs"]}))),
-        "clients": max(len(run["clients"]) for run in results["runs"]),
+        "clients": max((len(run["clients"]) for run in results["runs"]), default=0),
         "rounds": max((line["round"] + 1 for line in metrics), default=0),
         "device": results["device"],
     }
@@ -96,7 +102,9 @@ def _facts(results: Results, runs: Runs, metrics: Metrics) -> str:
 
 def _summary(results: Results, runs: Runs, notes: Sequence[str]) -> str:
     labels = _labels(runs)
-    rows = [[labels[method], *map(_text, cells)] for method, *cells in tables.summary_rows(results, "±")]
+    rows = [
+        [labels.get(method, _text(method)), *map(_text, cells)] for method, *cells in tables.summary_rows(results, "±")
+    ]
     listed = "".join(f"<li>{_text(note)}</li>" for note in notes)
     words = (
         "Scores are means over clients, then over seeds, ± one sample standard deviation over the seeds. ROUGE-L is F1 "
@@ -105,6 +113,19 @@ def _summary(results: Results, runs: Runs, notes: Sequence[str]) -> str:
     )
     table = _table(tables.SUMMARY_COLUMNS, rows, words=words)
     return table + (f'<h2 style="margin-top:24px">Notes</h2><ul>{listed}</ul>' if notes else "")
+
+
+def _troubles(results: Results) -> Iterable[str]:
+    """Yields a note for each run that failed, and for each client that was left out of rounds."""
+    for failed in results["failures"]:
+        yield f"{failed['method']} seed {failed['seed']} has no result: {failed['error']}"
+    for run in results["runs"]:
+        for client in run["clients"]:
+            if rounds := client.get("rounds_left_out"):
+                yield (
+                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {rounds} rounds, in "
+                    "which its update was not finite."
+                )
 
 
 def _client_table(runs: Runs) -> str:
@@ -190,11 +211,11 @@ def _examples(runs: Runs) -> str:
     return "".join(blocks)
 
 
-def _environment(results: Results, config: Mapping) -> str:
+def _environment(results: Results, config: Mapping, data: str) -> str:
     versions = _table(["package", "version"], (map(_text, item) for item in results["versions"].items()), "")
     keys = _table(["key", "value"], (map(_text, item) for item in _flat(config)), "")
     return (
-        f"<p>Device: {_text(results['device'])}</p>{versions}"
+        (f"<p>Data: {_text(data)}</p>" if data else "") + f"<p>Device: {_text(results['device'])}</p>{versions}"
         f"<details><summary>Every config key</summary>{keys}</details>"
     )
 

@@ -85,13 +85,20 @@ def cost(column: str, runs: Iterable[RunEntry]) -> tuple[float | None, str]:
     return number, "-" if number is None else text(number)
 
 
+def diverged_methods(results: Results) -> list[str]:
+    """Returns the methods of which a seed has diverged."""
+    return list(dict.fromkeys(failed["method"] for failed in results["failures"] if failed.get("diverged")))
+
+
 def summary_rows(results: Results, plus_minus: str = "+-") -> list[list[str]]:
-    """Returns the cells of the summary under SUMMARY_COLUMNS, one row per method."""
-    rows = []
-    for method, runs in ranked_runs(results).items():
+    """Returns the cells of the summary under SUMMARY_COLUMNS, one row per method; those that diverged come last."""
+    rows, diverged, ranked = [], diverged_methods(results), ranked_runs(results)
+    for method in [*(method for method in ranked if method not in diverged), *diverged]:
+        runs = ranked.get(method, [])
         scores = [[run["average"].get(metric) for run in runs] for metric in ("rougeL", "eval_loss")]
-        costs = [cost(column, runs)[1] for column in SUMMARY_COLUMNS[4:]]
-        rows.append([method, str(len(runs)), *(mean_std(values, plus_minus) for values in scores), *costs])
+        cells = ["diverged"] * 2 if method in diverged else [mean_std(values, plus_minus) for values in scores]
+        costs = [cost(column, runs)[1] if runs else "-" for column in SUMMARY_COLUMNS[4:]]
+        rows.append([method, str(len(runs)), *cells, *costs])
     return rows
 
 

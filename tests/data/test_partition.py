@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from flex_jax.config import SCHEMA
-from flex_jax.data.partition import KINDS, PartitionSettings, partition
+from flex_jax.data.partition import KINDS, PartitionSettings, partition, partition_notes
 from flex_jax.data.sources import load_records
 from flex_jax.errors import InputError
 
@@ -159,7 +159,10 @@ def test_training_records_come_in_random_order():
         ({"kind": "iid", "categories": ("a", "z")}, "no record of category 'z'; found are a, b, c"),
         ({"kind": "iid", "categories": ("a", "a")}, "names 'a' 2 times"),
         ({"kind": "column"}, "needs data.column"),
-        ({"kind": "column", "column": "floor"}, "'floor': the record 'a0' has no value there; its columns are instruc"),
+        (
+            {"kind": "column", "column": "floor"},
+            "'floor': 180 of 180 records have no value there, first 'a0'; its columns are ins",
+        ),
         ({"kind": "column", "column": "team", "num_clients": 3}, "has 2 values, but clients=3.*The values: blue, red"),
         (
             {"kind": "pathological", "categories": ("c",), "num_clients": 20},
@@ -202,3 +205,104 @@ def test_the_papers_dolly_clients(dolly):
     for client in clients:
         # The missing records repeat a held-out prompt.
         assert 0.99 * counts[client.name] < len(client.train) + len(client.test) <= counts[client.name]
+
+
+def by_site(*sites, count=4):
+    return [record for site in sites for record in make(f"{site}-", count, site=site)]
+
+
+def test_clients_with_numbers_are_in_the_order_of_numbers():
+    clients = divide(by_site("10", "b", "2", "1", "-1.5"), "column", num_clients=5, column="site")
+    assert [client.name for client in clients] == ["-1.5", "1", "2", "10", "b"]
+    categories = make("10", 4) + make("9", 4)
+    assert [client.name for client in divide(categories, "pathological", num_clients=2)] == ["9", "10"]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (by_site("a", " "), "'site': 4 of 8 records have no value there, first ' -0'"),
+        (by_site("a") + make("b", 4), "'site': 4 of 8 records have no value there, first 'b0'"),
+        (by_site("a", "a "), r"'a' and 'a ' look the same"),
+        (by_site("é", "e\u0301"), r"look the same .*u0301.*xe9"),
+        (by_site("a", "a\u200b"), "look the same .*u200b"),
+        (by_site("1", "1.0"), "'1' and '1.0' look the same"),
+        (by_site("a", "b\x1b[2J"), r"the name of a client must .* not 'b.x1b"),
+        (by_site("a", "b" * 300), "the name of a client must have at most 200 characters"),
+    ],
+)
+def test_names_of_clients_that_mislead_are_refused(records, message):
+    with pytest.raises(InputError, match=message):
+        divide(records, "column", num_clients=2, column="site")
+
+
+def test_categories_that_look_the_same_are_refused():
+    with pytest.raises(InputError, match="categories: 'a' and 'a ' look the same"):
+        divide(make("a", 9) + make("a ", 9), "pathological", num_clients=2)
+
+
+def test_records_of_no_client_are_counted_by_category():
+    clients = divide(RECORDS, "pathological", num_clients=2)
+    assert partition_notes(RECORDS, clients) == ["30 of 180 records are in no client: c 30"]
+    clients = divide(RECORDS, "pathological", examples_per_client=20, test_examples=5)
+    assert partition_notes(RECORDS, clients) == ["105 of 180 records are in no client: b 65, a 35, c 5"]
+    assert partition_notes(RECORDS, divide(RECORDS, "iid")) == []
+
+
+def test_a_client_named_as_a_missing_value_is_told():
+    records = by_site("a", "NaN")
+    clients = divide(records, "column", num_clients=2, column="site")
+    assert partition_notes(records, clients) == ["a client is called 'NaN': check whether that is a missing value"]
+
+
+TEST = [record | {"instruction": f"t-{record['instruction']}"} for record in RECORDS[::6]]  # 10 a, 15 b, 5 c
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("pathological", [10, 15, 5]), ("iid", [10, 10, 10]), ("column", [20, 10]), ("dirichlet", [30] * 3)],
+)
+def test_a_test_split_is_divided_by_the_same_rule(kind, sizes):
+    settings = PartitionSettings(kind, "team")
+    clients = partition(RECORDS, settings, num_clients=len(sizes), seed=0, test=TEST)
+    assert [len(client.test) for client in clients] == sizes
+    assert all(record in TEST for client in clients for record in client.test)
+    if kind != "dirichlet":
+        assert sum(len(client.train) for client in clients) == len(RECORDS)
+    for client in clients:
+        if kind in ("pathological", "column"):
+            assert (
+                len({(r["category"] if kind == "pathological" else r["team"]) for r in client.train + client.test}) == 1
+            )
+
+
+def test_a_dirichlet_split_gives_a_test_split_in_the_proportions_of_training():
+    records = make("a", 3000)
+    settings = PartitionSettings("dirichlet_split", alpha=5.0)
+    clients = partition(
+        records, settings, num_clients=3, seed=0, test=[r | {"instruction": "t"} for r in records[:300]]
+    )
+    assert [len(client.test) for client in clients] == pytest.approx([len(c.train) / 10 for c in clients], abs=1)
+
+
+def test_prompts_of_a_test_split_are_not_trained_on():
+    test = [*TEST, RECORDS[3]]
+    clients = partition(RECORDS, PartitionSettings("pathological"), num_clients=3, seed=0, test=test)
+    assert_no_leak(clients)
+    assert partition_notes(RECORDS, clients, test)[-1].startswith(
+        "1 records have the same prompt as one of the test split"
+    )
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (make("t", 3, site="c"), "no training record of c, which the test split has"),
+        (make("t", 3, site="a"), r"client 1 \('b'\) has no record in the test split"),
+    ],
+)
+def test_a_test_split_of_other_clients_is_refused(test, message):
+    records, settings = by_site("a", "b"), PartitionSettings("column", "site", ())
+    test = [record | {"category": "a-"} for record in test]
+    with pytest.raises(InputError, match=message):
+        partition(records, settings, num_clients=2, seed=0, test=test)

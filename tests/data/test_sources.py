@@ -1,10 +1,11 @@
 import gzip
 import json
+import os
 from collections import Counter
 
 import pytest
 
-from flex_jax.data.sources import load_records
+from flex_jax.data.sources import load_data, load_records
 from flex_jax.errors import InputError
 
 ROWS = [
@@ -71,7 +72,11 @@ def test_auto_finds_the_columns(tmp_path, row, expected):
 def test_fields_names_one_mapping_where_several_fit(tmp_path):
     row = {"instruction": "q", "context": "c", "response": "r", "prompt": "p", "completion": "d"}
     (tmp_path / "a.jsonl").write_bytes(jsonl([row]))
-    assert load_records(str(tmp_path / "a.jsonl"))[0]["response"] == "r"
+    with pytest.raises(
+        InputError, match="instruction and prompt may each be the instruction: choose one with data.fie"
+    ):
+        load_records(tmp_path / "a.jsonl")
+    assert load_records(str(tmp_path / "a.jsonl"), fields="dolly")[0]["response"] == "r"
     assert load_records(str(tmp_path / "a.jsonl"), fields="prompt_completion")[0]["response"] == "d"
 
 
@@ -107,8 +112,29 @@ GOOD = jsonl(ROWS[:1])
         ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-12], r"a.jsonl.gz:\d+: cannot be read"),
         ("a.jsonl.gz", GOOD, "a.jsonl.gz:1: cannot be read"),
         ("a.jsonl", GOOD + b'{"instruction": "\xff"}\n', "a.jsonl:2: not UTF-8"),
+        ("a.jsonl", GOOD + b'{"x": ' + b"[" * 100_000, "a.jsonl:2: broken JSON .* nested too deeply"),
+        ("a.json", b'[{"x": "[[[["},\n{"x": ' + b"[" * 100_000, "a.json:2: broken JSON .* nested too deeply"),
+        (
+            "a.jsonl",
+            GOOD + b'{"x": ' + b"9" * 10_000 + b"}",
+            "a.jsonl:2: broken JSON .the number 9{20}... is too large",
+        ),
+        ("a.json", b'[{"x": 1},\n{"x": ' + b"9" * 10_000 + b"}]", "a.json:2: broken JSON .the number 9{20}... is too"),
+        ("a.jsonl", GOOD + b'{"x": 1e999}', "a.jsonl:2: broken JSON .the number 1e999"),
+        ("a.jsonl", GOOD + b'{"x": -Infinity}', "a.jsonl:2: broken JSON .the number -Infinity"),
+        ("a.jsonl", GOOD + b'{"instruction": "q", "response": "a\\u0000b"}', "a.jsonl:2: response contains a NUL byte"),
+        ("a.jsonl", GOOD + b'{"\\u001b[31m": "q"}', "a.jsonl:2: a column's name must have .* not '.x1b"),
+        ("a.jsonl", GOOD + b'{"\\ud83d": "q"}', "a.jsonl:2: a column's name must have .* not '.ud83d"),
+        ("a.jsonl", GOOD.replace(b'chat"', b'a\\u0007"'), "a.jsonl:1: a category must have at most 200 characters"),
+        ("a.jsonl", GOOD.replace(b"chat", b"c" * 300), "a.jsonl:1: a category must have at most 200 characters"),
+        ("a.json", b'{"data": [{"instruction": "q"}]}', "a.json: must be a list of records or one record a line"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "a.jsonl:1: no column for .* columns are messages; known"),
         ("a.parquet", b"PAR1", "a.parquet: not a readable parquet file"),
-        ("a.jsonl", b'{"text": "t"}', "a.jsonl:1: .* columns are text; known are dolly .* alpaca .* gsm8k"),
+        (
+            "a.jsonl",
+            b'{"text": "t"}',
+            "a.jsonl:1: no column for the instruction and the response: the columns are text; known are ins",
+        ),
     ],
 )
 def test_bad_input_is_one_line_with_its_place(tmp_path, name, content, message):
@@ -119,7 +145,7 @@ def test_bad_input_is_one_line_with_its_place(tmp_path, name, content, message):
 
 
 def test_a_directory_without_data_files(tmp_path):
-    with pytest.raises(InputError, match="no file in it ends in one of"):
+    with pytest.raises(InputError, match="doesn't contain any data files"):
         load_records(str(tmp_path))
 
 
@@ -140,7 +166,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(path, monkeypatch):
 
 
 def test_unknown_fields_lists_the_names():
-    with pytest.raises(InputError, match="'dolyl' is unknown; choose auto or one of dolly, alpaca"):
+    with pytest.raises(InputError, match="'dolyl' is unknown: choose auto, one of dolly, alpaca"):
         load_records("tiny", fields="dolyl")
 
 
@@ -181,3 +207,180 @@ def test_dolly_has_its_official_counts(shared_data):
         "summarization": 1188,
         "creative_writing": 709,
     }
+
+
+def written(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jsonl(rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "said"),
+    [
+        ({"question": "q", "context": "c", "answer": "r"}, ("q", "c", "r", "all"), "context <- context"),
+        ({"instruction": "q", "input": "c", "response": "r"}, ("q", "c", "r", "all"), "context <- input"),
+        ({"instruction": "q", "output": "r"}, ("q", "", "r", "all"), "context <- none, response <- output"),
+        ({"Question": "q", "passage ": "c", "TARGET": "r"}, ("q", "c", "r", "all"), "context <- passage "),
+        (
+            {"instruction": "q", "input": "", "context": "c", "output": "r"},
+            ("q", "c", "r", "all"),
+            "context <- context",
+        ),
+    ],
+)
+def test_no_part_of_an_instruction_vanishes(tmp_path, row, expected, said):
+    data = load_data(written(tmp_path / "a.jsonl", [row]))
+    assert tuple(data.train[0][key] for key in ("instruction", "context", "response", "category")) == expected
+    assert data.summary.startswith(f"1 records of {tmp_path}/a.jsonl: instruction <- ") and said in data.summary
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "q", "output": "r", "response": "s"}, "output and response may each be the response"),
+        ({"instruction": "q", "question": "p", "answer": "r"}, "data.fields=instruction=instruction"),
+        ({"prompt": "q", "input": "c", "context": "d", "completion": "r"}, "input and context may each be the context"),
+    ],
+)
+def test_two_columns_for_one_role_are_refused(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        load_data(written(tmp_path / "a.jsonl", [row]))
+
+
+def test_pairs_choose_columns(tmp_path):
+    row = {"q": "q", "input": "c", "output": "r", "response": "s"}
+    file = written(tmp_path / "a.jsonl", [row])
+    data = load_data(file, fields="instruction=q, response=output")
+    assert [data.train[0][key] for key in ("instruction", "context", "response")] == ["q", "c", "r"]
+    assert data.summary.endswith("response <- output; not in the prompt: response")
+    assert load_records(file, fields="instruction=q,context=,response=output")[0]["context"] == ""
+    for fields, message in [
+        ("instruction=nope,response=output", "no column nope; found are q, input, output, response"),
+        ("instruction=q,instruction=q", "is unknown: choose auto"),
+        ("instruction=", "is unknown: choose auto"),
+        ("gsm8k", "no column question"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_records(file, fields=fields)
+
+
+def test_the_summary_lists_what_is_not_in_the_prompt(tmp_path):
+    row = {"instruction": "q", "output": "r", "id": 7, "tags": ["a"], "site": "x", "category": "k"}
+    rows = [row, row | {"category": None, "output": "\x9b"}]
+    summary = load_data(written(tmp_path / "a.jsonl", rows), column="site").summary
+    assert (
+        "; not in the prompt: id, tags (lists or objects, dropped); no category: 1 records, which get 'all'" in summary
+    )
+    assert summary.endswith("control characters in the text of 1 records, first " + f"{tmp_path}/a.jsonl:2")
+
+
+def test_numbers_of_a_column_are_one_value_each(tmp_path):
+    parquet([ROWS[0] | {"site": site} for site in (1.0, 2.5, float("nan"), None)], tmp_path / "a.parquet")
+    assert [record.get("site") for record in load_records(tmp_path / "a.parquet")] == ["1", "2.5", None, None]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(jsonl([ROWS[0] | {"site": site} for site in (1, 1.0, "1")]) + GOOD.replace(b'"A"', b"NaN"))
+    assert [record.get("site") for record in load_records(file)] == ["1", "1", "1", None]
+
+
+def test_all_empty_records_are_named_at_once_or_left_out(tmp_path):
+    rows = [*ROWS, *[ROWS[0] | {"response": empty} for empty in ("", " ", None, "", "", "")]]
+    file = written(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        InputError, match=r"^6 of 8 records cannot be used: .*a.jsonl:3: response is empty; .*:7: .*; and 1"
+    ):
+        load_records(file)
+    data = load_data(file, skip_empty=True)
+    assert data.train == ROWS and "left out for want of an instruction or response: 6 records" in data.summary
+    with pytest.raises(InputError, match="no record of 'train' has an instruction and a response"):
+        load_data(written(tmp_path / "b.jsonl", rows[2:]), skip_empty=True)
+
+
+def test_json_lines_in_a_json_file(tmp_path):
+    assert load_records(written(tmp_path / "lines.json", ROWS)) == ROWS
+
+
+TEST_ROWS = [ROWS[0] | {"instruction": "test"}]
+
+
+def save_to_disk(path):
+    import datasets
+
+    splits = {"train": ROWS, "test": TEST_ROWS}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(path)
+
+
+def clone(path):
+    written(path / "d" / "x.jsonl", ROWS)
+    written(path / "d" / "y.jsonl", TEST_ROWS)
+    files = "[{split: train, path: d/x.jsonl}, {split: test, path: d/y.jsonl}]"
+    (path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
+
+
+def files_or_folders(train, test):
+    return lambda path: (written(path / train, ROWS), written(path / test, TEST_ROWS))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        files_or_folders("train.jsonl", "test.jsonl"),
+        files_or_folders("my-train-0.json", "my_eval.jsonl"),
+        files_or_folders("train/a.jsonl", "test/a.jsonl"),
+        files_or_folders("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        clone,
+        save_to_disk,
+    ],
+)
+def test_the_splits_of_a_directory(tmp_path, write):
+    directory = tmp_path / "set"
+    write(directory)
+    before = sorted(directory.rglob("*"))
+    assert load_records(directory) == ROWS
+    assert load_records(directory, split="test") == TEST_ROWS
+    data = load_data(directory, test_split="test")
+    assert (data.train, data.test) == (ROWS, TEST_ROWS) and ", 1 of its split test for testing: " in data.summary
+    assert sorted(directory.rglob("*")) == before
+    with pytest.raises(InputError, match="no split 'validation': its splits are train, test"):
+        load_records(directory, split="validation")
+
+
+def test_files_of_a_directory_that_are_not_read_are_told(tmp_path):
+    written(tmp_path / "train.jsonl", ROWS)
+    written(tmp_path / "test.jsonl", ROWS)
+    written(tmp_path / "more.jsonl", ROWS)
+    assert load_data(tmp_path).summary.endswith("; files not read: more.jsonl, test.jsonl")
+
+
+def test_a_changed_file_of_a_directory_is_read_anew(tmp_path):
+    file = written(tmp_path / "a.jsonl", ROWS)
+    assert load_records(tmp_path) == ROWS
+    stat = file.stat()
+    file.write_bytes(file.read_bytes().replace(b"Say hi", b"Say ho"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_records(tmp_path)[0]["instruction"] == "Say ho."
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"split": "test"}, "no split 'test': its splits are train"),
+        ({"test_split": "test"}, "no split 'test': its splits are train"),
+        ({"test_split": "train"}, "data.test_split is 'train', as data.split is"),
+    ],
+)
+def test_a_file_has_one_split(tmp_path, splits, message):
+    for source in (written(tmp_path / "a.jsonl", ROWS), "tiny"):
+        with pytest.raises(InputError, match=message):
+            load_data(source, **splits)
+
+
+def test_a_broken_directory_is_one_line(tmp_path):
+    written(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(InputError, match="not a directory of data files"):
+        load_records(tmp_path)
+    save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved" / "train").glob("*.arrow")).write_bytes(b"no")
+    with pytest.raises(InputError, match="not a readable data set of save_to_disk"):
+        load_records(tmp_path / "saved")

@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -167,10 +168,32 @@ def test_clients_that_agree_are_taken_at_their_word(aggregation, rows):
 
 
 def test_median_of_an_even_cohort_is_between_the_middle_two(rows):
-    rows[3] = np.nan
+    rows[3] = np.inf
     others = np.delete(rows[:6], 3, axis=0)
     expected = [sum(sorted(column)[2:4]) / 2 for column in others.T]
     assert_combines_to(run(as_tree(rows[:6]), "median", WEIGHTS[:6]), expected)
+
+
+@pytest.mark.parametrize("aggregation", RULES)
+def test_clients_that_are_left_out_do_not_count(aggregation, rows):
+    left_out, weights = [1, 4], WEIGHTS.copy()
+    rows[left_out], weights[left_out] = 0, 0
+    others = [np.delete(array, left_out, axis=0) for array in (rows, weights / weights.sum())]
+    expected = run(as_tree(others[0]), aggregation, others[1])
+    np.testing.assert_allclose(
+        flat(run(as_tree(rows), aggregation, weights / weights.sum())), flat(expected), rtol=1e-6
+    )
+
+
+def test_without_such_clients_every_bit_is_that_of_the_plain_formula(rows):
+    tree = as_tree(rows)
+    plain = {
+        "median": lambda leaf: jnp.median(leaf, axis=0),
+        "trimmed_mean": lambda leaf: jnp.sort(leaf, axis=0)[F : C - F].mean(axis=0),
+        "krum": lambda leaf: leaf[by_hand_ranking(rows)[:1]].mean(axis=0),
+    }
+    for aggregation, formula in plain.items():
+        np.testing.assert_array_equal(flat(run(tree, aggregation)), flat(jax.tree.map(formula, tree)), aggregation)
 
 
 def test_clipping_scales_whole_trees_down_and_leaves_small_ones(rows):

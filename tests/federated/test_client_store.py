@@ -28,15 +28,14 @@ def first_states(client_ids):
 def write(store, client_ids, states, round=1):
     """Writes states as a checkpoint does it."""
     store.cache(client_ids, states)
-    newest, replaced = store.write(store.copy_to_host(), round)
-    store.commit(newest)
-    return replaced
+    store.commit(store.write(store.copy_to_host(), round))
 
 
 @pytest.fixture
 def store(tmp_path):
     """A store in which client 3 has been trained and is on the disk alone."""
-    store = ClientStore(tmp_path / "run" / "clients", first_states, 10)
+    (tmp_path / "run" / "clients").mkdir(parents=True)
+    store = ClientStore(tmp_path / "run" / "clients", first_states, 10, "run 1")
     write(store, [3], jax.tree.map(lambda leaf: leaf + 1, first_states([3])))
     store.cache([], first_states([]))
     return store
@@ -76,19 +75,29 @@ def test_the_files_of_a_method_name_its_adapters(prepared, spec_of, tmp_path):
 
 
 def test_a_file_does_not_depend_on_the_order_of_its_arrays(store, file):
-    """Nor on arrays that the method does not have."""
     expected = store.load(np.array([3]))
-    stored = load_file(file)
-    save_file({"extra/new": np.ones(2)} | dict(reversed(stored.items())), file)
+    rewrite(file, lambda arrays: dict(reversed(arrays.items())))
     assert_equal(store.load(np.array([3])), expected)
     assert_equal(expected, jax.tree.map(lambda leaf: leaf + 1, first_states([3])))
 
 
 def test_an_interrupted_round_replaces_no_file(store, file):
-    """A file of the next round has another name; the one before it is removed after the server's state is written."""
+    """A file of the next round has another name; the one before is removed when no stored round needs it."""
+    before = store.newest
     states = jax.tree.map(lambda leaf: leaf + 2, first_states([3, 4]))
-    assert write(store, [3, 4], states, round=2) == [file]
+    write(store, [3, 4], states, round=2)
     assert file.exists() and store.newest.tolist() == [0, 0, 0, 2, 2, 0, 0, 0, 0, 0]
+    store.remove_replaced(before, [before, store.newest])
+    assert file.exists()
+    store.remove_replaced(before, [store.newest])
+    assert not file.exists() and len(list(file.parent.iterdir())) == 2
+
+
+def rewrite(file, change):
+    """Changes the arrays of a file under the same label."""
+    with safe_open(file, "np") as stored:
+        arrays, label = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()
+    save_file(change(arrays), file, label)
 
 
 def lost(file):
@@ -104,17 +113,26 @@ def no_safetensors(file):
 
 
 def without_an_array(file):
-    stored = load_file(file)
-    del stored["extra/rank"]
-    save_file(stored, file)
+    rewrite(file, lambda arrays: {name: leaf for name, leaf in arrays.items() if name != "extra/rank"})
 
 
 def of_another_shape(file):
-    stored = load_file(file)
-    save_file(stored | {"personal/layers/q_proj/lora_b": stored["personal/layers/q_proj/lora_b"][:1]}, file)
+    rewrite(
+        file, lambda arrays: arrays | {"personal/layers/q_proj/lora_b": arrays["personal/layers/q_proj/lora_b"][:1]}
+    )
 
 
-@pytest.mark.parametrize("damage", [lost, torn, no_safetensors, without_an_array, of_another_shape])
+def of_another_value(file):
+    rewrite(file, lambda arrays: arrays | {"extra/rank": np.array(arrays["extra/rank"] + 1)})
+
+
+def without_a_label(file):
+    save_file(load_file(file), file)
+
+
+@pytest.mark.parametrize(
+    "damage", [lost, torn, no_safetensors, without_an_array, of_another_shape, of_another_value, without_a_label]
+)
 def test_a_lost_or_damaged_file_is_named(damage, store, file):
     damage(file)
     with pytest.raises(InputError) as caught:

@@ -14,6 +14,7 @@ from flex_jax.federated.client import exchanged
 from flex_jax.federated.method import Settings, Upload
 from flex_jax.federated.server import aggregate, client_weights
 from flex_jax.methods import METHODS
+from flex_jax.models.lora import map_pairs
 from tests.federated.helpers import N, assert_equal, tree_map
 
 CLIP_NORM = 0.1
@@ -101,3 +102,30 @@ def test_weights_sum_to_one():
     counts = jnp.array([1.0, 2.0, 5.0])
     np.testing.assert_allclose(client_weights(counts, "examples"), [0.125, 0.25, 0.625])
     np.testing.assert_allclose(client_weights(counts, "uniform"), [1 / 3] * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_client_that_is_left_out_has_no_effect(name, spec_of, shapes, examples):
+    """The server's state is that of a cohort without it, whatever it uploads."""
+    spec = spec_of(name)
+    server, upload, uploads = shapes(spec)
+    server = tree_map(np.abs, random(server))  # second moments are not negative
+    uploads = tree_map(lambda leaf: np.ones_like(leaf) if leaf.dtype == np.int32 else leaf, random(uploads))
+    left_out, others = 2, np.array([0, 1, 3])
+    counted = np.where(np.arange(N) == left_out, 0, examples)
+
+    def spoil(leaf):
+        return np.where((np.arange(N) == left_out).reshape(-1, *[1] * (leaf.ndim - 1)), np.nan, leaf).astype(leaf.dtype)
+
+    combine = jax.jit(partial(aggregate, spec, N))
+    spoiled = tree_map(lambda leaf: spoil(leaf) if np.issubdtype(leaf.dtype, np.floating) else leaf, uploads)
+    after = combine(upload, server, spoiled, counted)
+    expected = combine(
+        upload, server, tree_map(lambda leaf: leaf[np.array(others)], uploads), counted[np.array(others)]
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    if name == "flexlora":  # the factors of an SVD have either sign
+        after, expected = (
+            map_pairs(lambda pair: pair["lora_a"] @ pair["lora_b"], state.shared) for state in (after, expected)
+        )
+    tree_map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), after, expected)

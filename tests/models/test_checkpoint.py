@@ -16,16 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from flex_jax import load_pretrained
 from flex_jax.errors import InputError
-from flex_jax.models.checkpoint import INDEX, WEIGHTS, empty_params, find_checkpoint, save_pretrained, write_shards
+from flex_jax.models.checkpoint import INDEX, WEIGHTS, empty_params, find_checkpoint, save_pretrained
 from flex_jax.models.decoder import Decoder
 from flex_jax.ops.quantised import Quantised, dequantise
-
-
-@pytest.fixture
-def directory(tmp_path, model_config, params):
-    save_pretrained(tmp_path / "model", model_config, params)
-    return tmp_path / "model"
-
 
 DEEPSEEK = {
     "model_type": "deepseek_v2",
@@ -54,17 +47,6 @@ def test_round_trip_gives_the_same_bits(directory, model_config, params):
     assert model.config == model_config
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-
-
-@pytest.fixture
-def shards(directory):
-    """The same checkpoint in several files and their index; returns the files."""
-    tensors = load_file(directory / WEIGHTS)
-    (directory / WEIGHTS).unlink()
-    write_shards(directory, tensors.items(), shard_bytes=sum(array.nbytes for array in tensors.values()) / 3)
-    files = sorted(directory.glob("*.safetensors"))
-    assert len(files) > 2 and (directory / INDEX).is_file()
-    return files
 
 
 def test_shards_hold_the_same_bits(directory, shards, params):

@@ -95,6 +95,8 @@ def refusal(directory, config):
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"bias": "all"}, "bias is 'all', must be 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"exclude_modules": ["k_proj"]}, "exclude_modules is ['k_proj'], must be None"),
+        ({"target_modules": ["q_proj"]}, "target_modules is ['q_proj'], must be ['q_proj', 'k_proj', 'v_proj']"),
         ({"r": 4, "use_dora": True}, "r is 4, must be 2; use_dora is True"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -103,6 +105,17 @@ def test_another_kind_of_adapter_is_refused_by_name(directory, model_config, cha
     raw = json.loads((directory / CONFIG).read_text())
     (directory / CONFIG).write_text(json.dumps(raw | changes))
     assert words in refusal(directory, model_config)
+
+
+def test_weights_that_are_not_read_are_told(directory, model_config, capsys):
+    save_file({}, directory / "adapter_model-00001-of-00002.safetensors")
+    load_adapter(directory, model_config, LORA)
+    assert "weights not read: 'adapter_model-00001-of-00002.safetensors'\n" in capsys.readouterr().err
+
+
+def test_what_cannot_be_a_path_is_refused(model_config):
+    with pytest.raises(InputError, match="cannot be a path"):
+        load_adapter("x" * 300, model_config, LORA)
 
 
 def test_a_config_without_rank_is_refused(directory, model_config):

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from flex_jax.errors import InputError
 from flex_jax.files import write_json
-from flex_jax.models.checkpoint import check_tensors, open_tensors, read_json
+from flex_jax.models.checkpoint import check_tensors, local_path, open_tensors, read_json, tell_unread
 from flex_jax.models.config import LoraConfig, ModelConfig
 from flex_jax.models.families.family import DISK_NAMES
 from flex_jax.models.weight_map import WeightMapping
@@ -24,9 +24,9 @@ WEIGHTS = "adapter_model.safetensors"
 PLAIN = {
     **dict.fromkeys(("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"), (False,)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "loftq_config"), ({}, None)),
-    **dict.fromkeys(("modules_to_save", "layer_replication", "target_parameters"), (None, [])),
+    **dict.fromkeys(("modules_to_save", "layer_replication", "target_parameters", "exclude_modules"), (None, [])),
     **dict.fromkeys(("layers_to_transform", "trainable_token_indices"), (None,)),
-    **dict.fromkeys(("alora_invocation_tokens", "arrow_config"), (None,)),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "use_bdlora"), (None,)),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # other values change W at the start
 }
@@ -49,6 +49,11 @@ def adapter_weights(config: ModelConfig, rank: int) -> list[WeightMapping]:
 def has_adapter(config: ModelConfig, adapters: dict) -> bool:
     """Whether an adapters tree has the complete LoRA that a PEFT adapter consists of."""
     return {mapping.path for mapping in adapter_weights(config, rank=1)} <= flatten_dict(adapters, sep="/").keys()
+
+
+def adapter_files(path) -> list[Path]:
+    """Returns the files of an adapter directory that `load_adapter` reads."""
+    return [file for name in (CONFIG, WEIGHTS) if (file := Path(path).expanduser() / name).is_file()]
 
 
 def save_adapter(path: Path, config: ModelConfig, adapters: dict, lora: LoraConfig, base: str) -> None:
@@ -77,7 +82,7 @@ def save_adapter(path: Path, config: ModelConfig, adapters: dict, lora: LoraConf
 
 def load_adapter(path, config: ModelConfig, lora: LoraConfig) -> dict:
     """Reads what `save_adapter` writes, in float32. Raises InputError unless it is a plain LoRA that fits `lora`."""
-    directory = Path(path).expanduser()
+    directory = local_path(path)
     file = directory / CONFIG
     if not file.is_file():
         raise InputError(f"{path}: not a PEFT adapter directory (no {CONFIG})")
@@ -89,12 +94,16 @@ def load_adapter(path, config: ModelConfig, lora: LoraConfig) -> dict:
         for key, values in allowed.items()
         if given.get(key) not in values
     ]
+    targets, projections = raw.get("target_modules"), [DISK_NAMES.get(name, name) for name in config.lora_projections()]
+    if isinstance(targets, list) and {str(target).rpartition(".")[2] for target in targets} != set(projections):
+        wrong.append(f"target_modules is {targets!r}, must be {projections!r}")
     if wrong:
         ours = "r and lora_alpha as in config.lora or a method's overrides of it"
         raise InputError(f"{file}: {'; '.join(wrong)} ({ours})")
     mappings = adapter_weights(config, lora.rank)
     with contextlib.ExitStack() as stack:
         files = open_tensors(directory / WEIGHTS, stack)
+        tell_unread(directory, [WEIGHTS])
         check_tensors(directory, mappings, files)
         parts = {m.path: [files[name].get_tensor(name).T for name, _ in m.parts()] for m in mappings}
     return unflatten_dict({path: jnp.asarray(np.stack(part), jnp.float32) for path, part in parts.items()}, sep="/")

@@ -14,6 +14,7 @@ VALUES = {  # what a value may be; a number far beyond any model means that the 
     float: ("a number above 0", lambda value: 0 < value < 1e6),
     bool: ("true or false", lambda value: True),
 }
+ALIASES = {"num_experts": ("num_experts", "num_local_experts", "n_routed_experts")}  # other names in config.json files
 DISK_NAMES = {"kv_a_proj": "kv_a_proj_with_mqa"}  # projections whose name on disk is not ours
 
 
@@ -22,7 +23,6 @@ class Key(NamedTuple):
 
     name: str = ""  # "": the name of the field
     default: Any = REQUIRED  # what a missing key means
-    alias: str = ""  # another name, used by newer or older config.json files
 
 
 class Family(NamedTuple):
@@ -64,17 +64,22 @@ def read_config(family: Family, raw: dict) -> ModelConfig:
     ]
     for field, key in (COMMON | family.keys).items():
         name = key.name or field
-        given = [raw[name] for name in (name, key.alias) if raw.get(name) is not None]
-        value = given[0] if given else key.default
+        given = {alias: raw[alias] for alias in (name, *ALIASES.get(field, ())) if raw.get(alias) is not None}
+        value = next(iter(given.values()), key.default)
+        if any(other != value for other in given.values()):
+            problems.append(f"{' and '.join(f'{alias} {other!r}' for alias, other in given.items())} (only one value)")
         if value is REQUIRED:
             raise KeyError(name)
         kind = ModelConfig.__annotations__[field]
-        fields[field] = float(value) if kind is float and type(value) is int else value
         words, accepts = VALUES["count" if kind is int and key.default == 0 else kind]
-        if type(fields[field]) is not kind or not accepts(fields[field]):
+        if type(value) not in ((float, int) if kind is float else (kind,)) or not accepts(value):
             problems.append(f"{name} {value!r} (only {words})")
+        else:
+            fields[field] = kind(value)
     if problems:
         raise ValueError("; ".join(problems))
+    if raw.get("layer_types") is not None and raw["layer_types"] != ["full_attention"] * fields["num_layers"]:
+        raise ValueError("layer_types (only 'full_attention' for each layer)")
     fields |= family.read(raw)
     latent = bool(fields.get("kv_lora_rank"))
     fields["rope"] = read_rope(raw, family.default_theta, latent=latent)
