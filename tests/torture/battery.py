@@ -29,7 +29,7 @@ BAD = (Outcome.TRACEBACK, Outcome.WRONG, Outcome.LOST)
 
 
 class Found(BaseException):
-    """Ends a case with an outcome. Like KeyboardInterrupt it is no Exception, so that the package does not handle it."""
+    """Ends a case with an outcome. As it is no Exception, the package does not handle it."""
 
     def __init__(self, outcome: Outcome, detail: str):
         self.outcome, self.detail = outcome, detail
@@ -59,11 +59,13 @@ class Report(NamedTuple):
 
 def run_case(case: Case, folder: Path) -> tuple[Outcome, str]:
     """Runs a case. Any error but `Found` counts as a traceback, so that nothing is taken for sound by mistake."""
-
     seconds = CASE_SECONDS * (1 if case.uses_jax else 5)
 
-    def too_slow(*_):
-        raise Found(Outcome.TRACEBACK, f"hangs: not finished after {seconds} s")
+    def too_slow(_, frame):
+        places = [
+            f"{one.filename}:{one.lineno}" for one in traceback.extract_stack(frame) if "flex_jax" in one.filename
+        ]
+        raise Found(Outcome.TRACEBACK, f"hangs: not finished after {seconds} s, at {places[-1:]}")
 
     former = os.getcwd()
     signal.signal(signal.SIGALRM, too_slow)

@@ -1,10 +1,9 @@
 """Damaged checkpoints: refused by name, or read as transformers reads them."""
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from flex_jax.building import build_backbone, build_federation
-from flex_jax.data.sources import load_records
+from flex_jax.building import build_backbone, build_federation, load_data_of
 from flex_jax.errors import InputError
 from flex_jax.main import parse
 from tests.program import arguments
@@ -95,11 +93,6 @@ def two_ropes(folder: Path) -> None:
     edit("config.json", lambda config: config | both | yarn, folder)
 
 
-@cache
-def records() -> list[dict[str, str]]:
-    return load_records("tiny")
-
-
 def expected_logits(folder: Path) -> np.ndarray:
     """Returns the logits of transformers, or raises what it raises."""
     import torch
@@ -126,7 +119,7 @@ def load(lab: Lab, damage: Callable[[Path], None], folder: Path) -> Outcome:
     config, _ = parse(arguments(path, folder / "run"))
     try:
         backbone = build_backbone(config)
-        build_federation(config, backbone, copy.deepcopy(records()), 0)
+        build_federation(config, backbone, load_data_of(config), 0)
     except InputError as error:
         require(str(path) in str(error) or "config." in str(error), Outcome.TRACEBACK, f"does not name it: {error}")
         require(len(str(error)) < 3000, Outcome.TRACEBACK, f"{len(str(error))} characters")

@@ -27,10 +27,10 @@ def bad():
     return Method(ownership=((r".*", "shared"),), client=rule)
 """
 BODIES = {  # what the client does, by the name of the fault
-    "NaN of client 1": "moved = jax.tree.map(lambda leaf: jnp.where(client == 1, jnp.nan, leaf), moved)",
-    "inf of client 2": "moved = jax.tree.map(lambda leaf: jnp.where(client == 2, jnp.inf, leaf), moved)",
-    "NaN in one number": "moved = jax.tree.map(lambda leaf: leaf.at[..., 0, 0].set(jnp.where(client == 0, jnp.nan, 0)), moved)",
-    "NaN of all": "moved = jax.tree.map(lambda leaf: leaf * jnp.nan, moved)",
+    "NaN of client 1": "moved = jax.tree.map(lambda x: jnp.where(client == 1, jnp.nan, x), moved)",
+    "inf of client 2": "moved = jax.tree.map(lambda x: jnp.where(client == 2, jnp.inf, x), moved)",
+    "NaN in one number": "moved = jax.tree.map(lambda x: x.at[..., 0, 0].mul(jnp.where(client, 1, jnp.nan)), moved)",
+    "NaN of all": "moved = jax.tree.map(lambda x: x * jnp.nan, moved)",
 }
 STRUCTURES = {
     "an upload without an array": "moved = {}",

@@ -84,6 +84,8 @@ def command_line(flags: list[tuple[str, Any]], folder: Path) -> Outcome:
         named = [key for key, _ in flags if key.split(".")[-1] in str(error)]
         require(named, Outcome.TRACEBACK, f"{words} refused without the key: {str(error)[:300]}")
         return Outcome.REFUSED
+    if method := last.pop("method", ""):  # becomes the only one of methods
+        last["methods"] = (str(method).rpartition(":")[2],)
     for key, value in last.items():
         found = config
         for part in key.split("."):

@@ -85,7 +85,7 @@ def resume(reference: Reference, damage: Damage, folder: Path) -> Outcome:
 
 
 def read(reference: Reference, program: str, damage: Damage, client: int, folder: Path) -> Outcome:
-    """generate or export reads a damaged run: it uses the states of one sound round and says which, or names the file."""
+    """A reader of a damaged run uses the states of one sound round and says which, or names the file."""
     workdir = reference.copy(folder)
     damage(workdir)
     finished, states = models_read(program, workdir, client, folder / "out")

@@ -49,7 +49,6 @@ CALLS = (  # where a run writes: faults come at one of the calls of these
     "orbax.checkpoint:CheckpointManager.save",
     "flex_jax.metrics_log:MetricsLog.write",
 )
-LIBRARIES = re.compile(r"^(WARNING|INFO|ERROR|[IWE]\d{4}|/|  )")  # beginnings of lines that are not the package's
 
 
 class Finished(NamedTuple):
@@ -294,7 +293,8 @@ def difference(got: Any, wanted: Any, place: str = "") -> str:
 
 
 def check_no_traceback(finished: Finished) -> None:
-    require("Traceback (most" not in finished.err, Outcome.TRACEBACK, finished.err[-1500:])
+    before, found, after = finished.err.partition("Traceback (most")
+    require(not found, Outcome.TRACEBACK, f"{before[-200:]}{found}{after[:200]}\n...\n{after[-500:]}")
 
 
 def check_refused(finished: Finished, words: str = "") -> Outcome:

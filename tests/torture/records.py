@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flex_jax import tiny
 from flex_jax.data.batches import encode_client
+from flex_jax.data.columns import FIELDS
 from flex_jax.data.partition import PartitionSettings, partition
-from flex_jax.data.sources import FIELDS, load_records
+from flex_jax.data.prompts import prompt_text
+from flex_jax.data.sources import load_data
 from flex_jax.errors import InputError
 from tests.torture.battery import Case, Outcome, require
 from tests.torture.programs import Lab
@@ -30,6 +32,7 @@ COLUMNS = [
     "prompt",
     "completion",
 ]
+PARTS = ("context", "input", "system", "passage")  # what an instruction may need
 TEXT = st.one_of(
     st.text(max_size=30),
     st.sampled_from(
@@ -112,11 +115,11 @@ def load(suffix: str, content: bytes, folder: Path) -> Outcome:
     file = folder / f"data{suffix}"
     file.write_bytes(content)
     try:
-        records = load_records(str(file))
+        data = load_data(str(file))
     except InputError as error:
         require("data" in str(error) and len(str(error)) < 3000, Outcome.TRACEBACK, str(error)[:3000])
         return Outcome.REFUSED
-    sources = plain_rows(suffix, content)
+    records, sources = data.train, plain_rows(suffix, content)
     require(len(records) == len(sources), Outcome.WRONG, f"{len(records)} of {len(sources)} records: {content[:300]!r}")
     for record, source in zip(records, sources, strict=True):
         pairs = [(f.instruction, f.response) for f in FIELDS.values()]
@@ -124,13 +127,10 @@ def load(suffix: str, content: bytes, folder: Path) -> Outcome:
         require(right, Outcome.WRONG, f"{record} of {source}")
         texts = all(isinstance(value, str) for value in record.values())
         require(texts and record["instruction"].strip() and record["response"].strip(), Outcome.WRONG, f"{record}")
-        record_texts = " ".join(record.values())
-        dropped = [
-            k
-            for k in ("context", "input", "system")
-            if isinstance(source.get(k), str) and source[k] not in record_texts
-        ]
-        require(not dropped, Outcome.WRONG, f"{dropped} of {source} is dropped")
+        prompt = prompt_text(record)
+        unread = [key for key in PARTS if isinstance(source.get(key), str) and source[key] not in prompt]
+        untold = [key for key in unread if key not in data.summary.partition("not in the prompt")[2]]
+        require(not untold, Outcome.WRONG, f"{untold} of {source} is dropped without a word")
     try:
         clients = partition(records, PartitionSettings("iid", test_examples=1), num_clients=1, seed=0)
         for client in clients:
@@ -140,13 +140,9 @@ def load(suffix: str, content: bytes, folder: Path) -> Outcome:
     return Outcome.SURVIVED
 
 
-def tokenizer():
-    if not TOKENIZERS:
-        TOKENIZERS.append(AutoTokenizer.from_pretrained(tiny.CHECKPOINT))
-    return TOKENIZERS[0]
-
-
-TOKENIZERS: list = []
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny.CHECKPOINT)
 
 
 def cases(lab: Lab) -> Iterator[Case]:

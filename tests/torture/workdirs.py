@@ -1,4 +1,4 @@
-"""Damaged work directories: the command goes on with the right results, or one line names the file; nothing else changes."""
+"""Damaged work directories: the right results, or one line that names the file, and nothing else changes."""
 
 import json
 import os
