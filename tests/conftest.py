@@ -1,6 +1,5 @@
 """What several test folders use."""
 
-import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -19,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flex_jax import tiny
 from flex_jax.models.adapters import AdapterConfig
-from flex_jax.models.checkpoint import save_pretrained
-from flex_jax.models.config import LoraConfig, ModelConfig, Rope, SlotConfig
+from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
+from tests.program import save_checkpoint, small_model
 
 TESTS = itertools.count()
 
@@ -51,26 +49,7 @@ def shared_data():
 @pytest.fixture(scope="session")
 def model_config():
     """A Qwen2-MoE of a few thousand weights."""
-    return ModelConfig(
-        family="qwen2_moe",
-        vocab_size=60,
-        hidden_size=16,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        num_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=8,
-        shared_expert_intermediate_size=12,
-        norm_topk_prob=False,
-        attention_bias=True,
-        tie_word_embeddings=False,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=4096,
-        rope=Rope(theta=10000.0),
-        shared_expert_gate=True,
-    )
+    return small_model()
 
 
 @pytest.fixture(scope="session")
@@ -99,13 +78,8 @@ def tokens(model_config):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(model_config, tmp_path_factory):
+def checkpoint(tmp_path_factory):
     """A random model with the embedded tokenizer, as a Hugging Face directory."""
-    from transformers import AutoTokenizer  # here, because it takes seconds and most tests do without
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny.CHECKPOINT)
-    config = dataclasses.replace(model_config, vocab_size=len(tokenizer))
-    params = Decoder(config).init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"]
     path = tmp_path_factory.mktemp("random") / "model"
-    save_pretrained(path, config, params, tokenizer=tokenizer)
+    save_checkpoint(path)
     return path

@@ -1,12 +1,55 @@
 """How tests run the programs of the package on a random model of a few thousand weights."""
 
+import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+from flex_jax import tiny
+from flex_jax.models.checkpoint import save_pretrained
+from flex_jax.models.config import ModelConfig, Rope
+from flex_jax.models.decoder import Decoder
+
 ROOT = Path(__file__).parents[1]
 SHORT = ("--config.rounds=1", "--config.local_steps=2", "--config.evaluation.max_new_tokens=1")
+
+
+def small_model() -> ModelConfig:
+    """A Qwen2-MoE of a few thousand weights."""
+    return ModelConfig(
+        family="qwen2_moe",
+        vocab_size=60,
+        hidden_size=16,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=12,
+        norm_topk_prob=False,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=4096,
+        rope=Rope(theta=10000.0),
+        shared_expert_gate=True,
+    )
+
+
+def save_checkpoint(path):
+    """Writes the small model with random weights and the embedded tokenizer, as a Hugging Face directory."""
+    from transformers import AutoTokenizer  # here, because it takes seconds and most tests do without
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.CHECKPOINT)
+    config = dataclasses.replace(small_model(), vocab_size=len(tokenizer))
+    params = Decoder(config).init(jax.random.PRNGKey(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    save_pretrained(path, config, params, tokenizer=tokenizer)
 
 
 def arguments(checkpoint, workdir, *more):
