@@ -190,7 +190,7 @@ def test_a_broken_config_of_the_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("config.json", {"clients": 3}, r"flex-seed0: of another run \(different: clients\)"),
+        ("config.json", {"clients": 3}, "clients.json: not a list of 3 names"),
         ("config.json", {"methods": []}, "config.methods is"),
         ("config.json", {"methods": ["flox"]}, "flox-seed0: no checkpoint of this method"),
         ("config.json", {"rank": 3}, "not the config of a run of this version"),

@@ -24,9 +24,10 @@ def check_contract(spec: MethodSpec, frozen: Frozen, state: RoundState, *, model
         raise TypeError(f"client.init_extra must return a dict, not {type(client.extra).__name__}")
     adapters = jax.eval_shape(partial(client_variables, spec), frozen, state.server, client)["adapters"]
     known, composed = (set(flatten_dict(tree, sep="/")) for tree in (model_adapters, adapters))
-    modules = {path.rpartition("/")[0] for path in known}
+    params = flatten_dict(frozen.params, sep="/")
+    projections = {path.rpartition("/")[0] for path in params if path.endswith("/kernel")}
     for path in sorted(composed - known):
-        if spec.method.projection is LORA or path.rpartition("/")[0] not in modules:
+        if spec.method.projection is LORA or path.rpartition("/")[0] not in projections:
             raise TypeError(
                 f"compose returns {path}, which the model does not read: it reads {', '.join(sorted(known))}"
             )
