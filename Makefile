@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test torture check clean
 
 # Caches compiled programs, so that a second run starts faster.
 quickstart: export JAX_COMPILATION_CACHE_DIR ?= $(abspath $(VENV))/compiled
@@ -14,6 +14,10 @@ quickstart: $(VENV)/.installed
 test: COVERAGE ?= --cov --cov-report=term:skip-covered
 test: check
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -q $(COVERAGE)
+
+# Kills, full disks, flipped bits, hostile input: a table of what became of them, in half an hour on two cores.
+torture: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m tests.torture
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

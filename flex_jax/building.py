@@ -1,7 +1,6 @@
 """What all runs of an experiment share, built once: backbone and mesh, clients' data, and each method with its plan."""
 
 import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from flex_jax import tiny
 from flex_jax.config import OPEN_SECTIONS, for_method, nearest_key
 from flex_jax.data.batches import ClientDataset, encode_client, evaluation_batches
 from flex_jax.data.partition import PartitionSettings, partition, partition_notes
-from flex_jax.data.prompts import check_tokenizer, encode_prompt
+from flex_jax.data.prompts import check_round_trip, check_tokenizer, encode_prompt
 from flex_jax.data.sources import Data, load_data
 from flex_jax.errors import InputError
 from flex_jax.evaluation.evaluate import HeldOut
@@ -26,12 +25,16 @@ from flex_jax.federated.init import Start, start
 from flex_jax.federated.method import MethodSpec, Settings
 from flex_jax.memory import check_generation, check_tokens
 from flex_jax.methods import METHODS, Method, check_hparams, make_method, user_error, user_frame
+from flex_jax.methods.contract import check_contract
 from flex_jax.models.adapters import AdapterConfig
 from flex_jax.models.checkpoint import find_checkpoint, load_pretrained, read_model_config
 from flex_jax.models.config import LoraConfig, SlotConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.export.peft import load_adapter
 from flex_jax.models.sharding import AXES, make_mesh, param_sharding
+from flex_jax.terminal import tell
+
+ROUND_TRIPS = 200  # records whose tokens are decoded again, to see whether the tokenizer loses something
 
 
 class Backbone(NamedTuple):
@@ -122,6 +125,12 @@ def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed:
     """Divides the records among clients and encodes them. Raises InputError for sizes that memory cannot hold."""
     data, length, tokenizer = config.data, config.sequence_length, backbone.tokenizer
     cohort, evaluation = config.cohort or config.clients, config.evaluation
+    new_tokens, positions = evaluation.max_new_tokens, backbone.model.config.max_position_embeddings
+    if length + new_tokens > positions:
+        raise InputError(
+            f"config.sequence_length {length} with config.evaluation.max_new_tokens {new_tokens} is "
+            f"{length + new_tokens} tokens: the model has {positions} positions"
+        )
     examples = cohort * config.local_steps * config.batch_size
     keys = "config.local_steps, config.batch_size, config.sequence_length, config.clients or config.cohort"
     check_tokens(f"a round's batches of {examples} examples", examples, length, keys)
@@ -147,6 +156,12 @@ def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed:
     )
     batches = evaluation_batches(test, evaluation.batch_size)
     notes = partition_notes(source.train, clients, source.test)
+    for kind, datasets in (("training", train), ("test", test)):
+        full_lengths = np.concatenate([client.full_lengths for client in datasets])
+        if cut := np.count_nonzero(full_lengths > length):
+            notes.append(f"{cut} of {len(full_lengths)} {kind} examples are longer than {length} tokens and are cut")
+    if line := check_round_trip(source.train[:: 1 + len(source.train) // ROUND_TRIPS], tokenizer):
+        notes.append(line)
     return Federation(train, HeldOut([client.test for client in clients], prompts, batches), notes)
 
 
@@ -180,7 +195,7 @@ def check_method_names(config: ConfigDict) -> None:
             if section == "hparams" and (factory := METHODS.get(bases.get(name, name))):
                 check_hparams(factory, config.hparams[name].to_dict(), key)
     if unused:
-        print(f"flex_jax: not used, as config.methods does not name them: config.{', '.join(unused)}", file=sys.stderr)
+        tell(f"not used, as config.methods does not name them: config.{', '.join(unused)}")
 
 
 def build_spec(config: ConfigDict, backbone: Backbone, method: Method) -> MethodSpec:
@@ -249,7 +264,10 @@ def prepare_method(resolved: ResolvedMethod, backbone: Backbone) -> PreparedMeth
     step = StepShape(clients_per_device, config.batch_size // slices, config.sequence_length, slices)
     try:
         spec = build_spec(config, backbone, method)
-        planned = plan(spec, *abstract_state(config, spec, backbone), step)
+        state = abstract_state(config, spec, backbone)
+        plain = spec._replace(method=Method(ownership=((r".*", "personal"),), grafts=method.grafts))
+        check_contract(spec, *state, model_adapters=abstract_state(config, plain, backbone)[1].clients.personal)
+        planned = plan(spec, *state, step)
     except Exception as error:  # the file is the user's program, which may raise anything
         if isinstance(error, InputError) or not user_frame(config.method, error):
             raise

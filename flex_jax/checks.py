@@ -1,5 +1,6 @@
 """What a value of the config or a hyperparameter of a method may be."""
 
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -26,7 +27,11 @@ def is_number(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
+    return is_any_text(value) and value.strip() != ""
+
+
+def is_any_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)  # no file name can have these
 
 
 def is_hyperparameter(value: Any) -> bool:
@@ -81,7 +86,7 @@ UNIT = Check("a number from 0 to 1", lambda value: is_number(value) and 0 <= val
 FRACTION = Check("a number above 0 and at most 1", lambda value: is_number(value) and 0 < value <= 1)
 FLAG = Check("True or False", lambda value: isinstance(value, bool))
 TEXT = Check("a text that is not empty", is_text)
-ANY_TEXT = Check("a text", lambda value: isinstance(value, str))
+ANY_TEXT = Check("a text", is_any_text)
 TEXTS = Check("a tuple of different texts", lambda value: is_distinct(value, is_text))
 HYPERPARAMETER = Check("a number, a text or a tuple of them; numbers of at most 1e38", is_hyperparameter)
 COUNT = at_least(1)

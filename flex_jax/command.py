@@ -1,13 +1,14 @@
 """What all commands do: one line for what the user can mend, and an end in good order when they are stopped."""
 
 import argparse
+import re
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from flex_jax.errors import FailedRuns, InputError
+from flex_jax.terminal import tell
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the signals that end a command in good order
 
@@ -35,21 +36,24 @@ def run_command(function: Callable[[list[str]], None], arguments: list[str], *, 
     """
     former = _handle_signals()
     try:
+        for argument in arguments:
+            if re.search("[\0\ud800-\udfff]", argument):  # Python gives other bytes of the command line so
+                raise InputError(f"argument {argument:.80}: not UTF-8")
         function(arguments)
     except InputError as error:
-        print("flex_jax: error:", *str(error).split(), file=sys.stderr)  # one line, whatever the message holds
+        tell(f"error: {error}")
         return 2
     except OSError as error:
-        print("flex_jax: error:", *_describe(error).split(), file=sys.stderr)
+        tell(f"error: {_describe(error)}")
         return 2
     except FailedRuns as error:
-        print(f"flex_jax: error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"flex_jax: interrupted: {interrupted}", file=sys.stderr)
+        tell(f"interrupted: {interrupted}")
         return 130
     except Stopped as stop:
-        print(f"flex_jax: stopped by {stop.signal.name}: {interrupted}", file=sys.stderr)
+        tell(f"stopped by {stop.signal.name}: {interrupted}")
         return 143
     finally:
         for number, handler in former.items():

@@ -47,7 +47,7 @@ def put_back(states: ClientState, left_out: np.ndarray, former: ClientState) -> 
 def left_out_line(run: str, client: str, number: int) -> str:
     """Returns what to tell when a client is left out of a round."""
     return (
-        f"flex_jax: {run}, round {number + 1}: the update of client {client} is not finite, so it is left out and its "
+        f"{run}, round {number + 1}: the update of client {client} is not finite, so it is left out and its "
         f"state is as before; if it happens again, {REMEDY}"
     )
 

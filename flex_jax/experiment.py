@@ -1,6 +1,5 @@
 """A whole experiment: build, plan, run every method with every seed, report."""
 
-import sys
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +31,9 @@ from flex_jax.metrics_log import missing_rounds, read_metrics
 from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import diverged_methods, plan_table, summary_table
 from flex_jax.results import Failure, Results, read_results, summarise, write_results
+from flex_jax.terminal import tell
 from flex_jax.training import run_one
-from flex_jax.workdir import Inputs, Workdir, check, inputs_of, run_identity, take_up
+from flex_jax.workdir import Workdir, check, inputs_of, run_identity, take_up
 
 PACKAGES = ("flex_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -68,10 +68,11 @@ def run(config: ConfigDict, workdir: Path) -> Results:
         for method in methods:
             check_plan(method.name, method.plan)
         results = read_results(workdir) or new_results()
-        check_results(results, methods, workdir, inputs)
-        held = take_up(workdir, config, inputs)
+        client_names = names_of_clients(federations)
+        held = take_up(workdir, config, inputs, client_names)
+        check_results(results, methods, held)
         for line in (data.summary, *federations[config.seeds[0]].notes):
-            print(f"flex_jax: data: {line}", file=sys.stderr)
+            tell(f"data: {line}")
         print(plan_table([plan_row(method) for method in methods]), flush=True)
         run_all(methods, backbone, federations, held, results)
         if results["runs"] or diverged_methods(results):
@@ -84,13 +85,24 @@ def run(config: ConfigDict, workdir: Path) -> Results:
     return results
 
 
+def names_of_clients(federations: dict[int, Federation]) -> list[str]:
+    """Returns the names of the clients by id. Raises InputError if they are not the same for all seeds."""
+    (first, names), *others = {
+        seed: [client.name for client in data.train] for seed, data in federations.items()
+    }.items()
+    for seed, other in others:
+        if other != names:
+            raise InputError(f"the clients of seeds {first} and {seed} have other names: give each a run of its own")
+    return names
+
+
 def run_all(
     methods: list[PreparedMethod], backbone: Backbone, federations: dict[int, Federation], workdir: Workdir, results
 ) -> None:
     """Runs what is not finished yet, and puts it into `results` and results.json."""
     finished = {(entry["method"], entry["seed"]) for entry in results["runs"]}
     if finished >= {(method.name, seed) for method in methods for seed in federations}:
-        print(f"flex_jax: all {len(finished)} runs in {workdir.path} are finished: nothing was run", file=sys.stderr)
+        tell(f"all {len(finished)} runs in {workdir.path} are finished: nothing was run")
         return
     results["failures"], unwritten = [], None
     for method in methods:
@@ -111,7 +123,7 @@ def run_all(
                 unwritten = None
             except OSError as error:  # the other runs may find space
                 unwritten = error
-                print(f"flex_jax: {error.filename}: {error.strerror}: written after the next run", file=sys.stderr)
+                tell(f"{error.filename}: {error.strerror}: written after the next run")
     if unwritten:
         raise unwritten
 
@@ -122,10 +134,9 @@ def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[s
     for entry in results["runs"]:
         run = f"{entry['method']}-seed{entry['seed']}"
         if missing := missing_rounds(metrics, run, config.rounds):
-            print(
-                f"flex_jax: {workdir.metrics.path} has lost {len(missing)} of {config.rounds} rounds of {run}: its "
-                "learning curve has a gap; scores and bytes do not depend on it",
-                file=sys.stderr,
+            tell(
+                f"{workdir.metrics.path} has lost {len(missing)} of {config.rounds} rounds of {run}: its "
+                "learning curve has a gap; scores and bytes do not depend on it"
             )
     page = workdir.path / "report.html"
     write_report(page, results, metrics, notes=notes, config=config.to_dict(), data=data)
@@ -134,15 +145,15 @@ def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[s
     print(f"report: {page}")
 
 
-def check_results(results: Results, methods: list[PreparedMethod], workdir: Path, inputs: Inputs) -> None:
+def check_results(results: Results, methods: list[PreparedMethod], workdir: Workdir) -> None:
     """Raises InputError if results are of another config or other inputs. Tells if they are of other packages."""
     configs = {method.name: method.config for method in methods}
     for run in results["runs"]:
         name, seed = run["method"], run["seed"]
-        known = name in configs and digest_json(run_identity(name, configs[name], seed, inputs))
-        if run["identity"] != known:
+        known = name in configs and run_identity(name, configs[name], seed, workdir.inputs, workdir.client_names)
+        if not known or run["identity"] != digest_json(known):
             raise InputError(
-                f"{workdir / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the "
+                f"{workdir.path / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the "
                 "file away, or give another --workdir"
             )
     now = new_results()
@@ -153,7 +164,7 @@ def check_results(results: Results, methods: list[PreparedMethod], workdir: Path
         if (found := (now["versions"] | {"device": now["device"]}).get(name)) != value
     ]
     if changed:
-        print(f"flex_jax: the results in {workdir} began with {'; '.join(changed)}", file=sys.stderr)
+        tell(f"the results in {workdir.path} began with {'; '.join(changed)}")
 
 
 def failure_file(workdir: Path, name: str, seed: int) -> Path:
@@ -167,13 +178,13 @@ def record_failure(workdir: Path, method: PreparedMethod, seed: int, error: Exce
         file.parent.mkdir(exist_ok=True)
         write_text(file, "".join(traceback.format_exception(error)))
     except OSError as unwritable:  # such as a full disk, which may be what broke the run
-        print(f"flex_jax: {unwritable.filename}: {unwritable.strerror}", file=sys.stderr)
+        tell(f"{unwritable.filename}: {unwritable.strerror}")
     frame = "" if isinstance(error, (Diverged, InputError, OSError)) else user_frame(method.config.method, error)
     line = f"{frame}: " if frame else ""
     diverged = isinstance(error, Diverged)
     line += "" if diverged else f"{type(error).__name__}: "
     line += str(error).partition("\n")[0]
-    print(f"flex_jax: {method.name} seed {seed} failed: {line}", file=sys.stderr)
+    tell(f"{method.name} seed {seed} failed: {line}")
     return {"method": method.name, "seed": seed, "error": line, "diverged": diverged}
 
 

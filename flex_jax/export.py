@@ -1,4 +1,4 @@
-"""The command line: python -m flex_jax.export --workdir RUN --client N|shared --format peft|hf|hf-merged --out DIR.
+"""The command line: python -m flex_jax.export --workdir RUN --client NAME|#N|shared --format FORMAT --out DIR.
 
 Writes what a run trained for one client, or the aggregated model, in a form that PEFT or transformers can load: its
 LoRA as a PEFT adapter (peft), its whole model with the personal experts (hf), or, if it has none, plain weights
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
+from flex_jax.files import local_path
 from flex_jax.locks import locked_directory
 
 FORMATS = ("peft", "hf", "hf-merged")
@@ -25,17 +26,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Returns the flags, with `out` as an absolute path. Raises InputError for any mistake in them."""
     parser = Parser(
         prog="flex_jax.export",
-        usage="python -m flex_jax.export --workdir RUN --client N|shared --format FORMAT --out DIR",
+        usage="python -m flex_jax.export --workdir RUN --client NAME|#N|shared --format FORMAT --out DIR",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", type=Path, required=True, metavar="RUN", help="work directory of the run")
-    parser.add_argument("--client", required=True, metavar="N", help="number of a client, or shared: nothing personal")
+    parser.add_argument("--client", required=True, metavar="NAME", help="a client, or shared: nothing personal")
+    parser.add_argument("--trust", type=Path, metavar="FILE", help="the file of the run's own method, to run it")
     parser.add_argument("--method", help="default: the run's first")
     parser.add_argument("--seed", type=int, help="default: the run's first")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty directory")
     options = parser.parse_args(arguments)
-    options.out = options.out.expanduser().resolve()
+    options.out = local_path(options.out).resolve()
     if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise InputError(f"--out {options.out}: must not exist yet or be an empty directory")
     return options
@@ -68,7 +70,7 @@ def whole_directory(out: Path):
 def check_format(wanted: str, client: str, name: str, family, *, lora: bool, slot: bool) -> None:
     """Raises InputError if the format cannot express the model of this client. lora, slot: whether it has these."""
     if not lora:
-        raise InputError(f"--client {client}: {name} has no adapter that is shared; give the number of a client")
+        raise InputError(f"--client {client}: {name} has no adapter that is shared; name a client")
     if wanted == "hf" and not family.in_transformers:
         instead = "peft" if slot else "peft or hf-merged"
         raise InputError(f"--format hf: transformers has no model of the family {family.model_type}; use {instead}")
@@ -93,16 +95,20 @@ def export(arguments: list[str]) -> None:
     import jax  # after parsing, because importing JAX takes seconds
 
     from flex_jax.building import checkpoint_name
+    from flex_jax.files import write_text
     from flex_jax.methods import user_error, user_frame
     from flex_jax.models.adapters import LORA
     from flex_jax.models.checkpoint import find_checkpoint
     from flex_jax.models.export.peft import has_adapter, save_adapter
     from flex_jax.models.export.transformers import personal_slot, save_transformers
     from flex_jax.models.families import FAMILIES
-    from flex_jax.restored_run import client_names, open_run, parse_client
+    from flex_jax.restored_run import client_label, open_run, parse_client
+    from flex_jax.workdir import read_client_names
 
-    client = parse_client(options.client, client_names(options.workdir))
-    run = open_run(options.workdir, options.method, options.seed, [] if client is None else [client])
+    names = read_client_names(options.workdir)
+    client = parse_client(options.client, names)
+    label = client_label(client, names)
+    run = open_run(options.workdir, options.method, options.seed, [] if client is None else [client], options.trust)
     models = run.shared_model() if client is None else run.models([client])
     variables = models.variables(jax.tree.map(lambda leaf: leaf[0], models.clients))
     model, adapters = run.spec.model, variables["adapters"]
@@ -115,9 +121,9 @@ def export(arguments: list[str]) -> None:
     if slot and model.adapters.slot.gate == "routing":
         raise InputError(f"--format {options.format}: {run.name} has its experts under the router: no format has that")
     lora = has_adapter(model.config, adapters)
-    check_format(options.format, options.client, run.name, family, lora=lora, slot=slot)
+    check_format(options.format, label, run.name, family, lora=lora, slot=slot)
     name = checkpoint_name(run.config)
-    base, local = find_checkpoint(name), Path(name).expanduser()
+    base, local = find_checkpoint(name), local_path(name)
     with whole_directory(options.out) as directory:
         if options.format == "peft":
             base_name = str(local.resolve()) if local.exists() else name
@@ -129,8 +135,9 @@ def export(arguments: list[str]) -> None:
                 if projection is LORA or not user_frame(run.config.method, error):
                     raise
                 raise user_error(run.config.method, error) from error
+        write_text(directory / "README.md", f"{label} of {run.name}, round {int(run.state.round)}, from flex_jax.\n")
     how = how_to_load(options.format, options.out, family, slot=slot)
-    print(f"wrote {options.out} ({options.format}, {run.name}, client {options.client}): load it with {how}")
+    print(f"wrote {options.out} ({options.format}, {run.name}, client {label}): load it with {how}")
 
 
 def main(arguments: list[str]) -> int:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flex_jax.errors import InputError
+
 TEMPORARY = ".*.tmp"  # what `replacing` leaves behind if the process is killed
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -46,6 +48,16 @@ def synchronise(path: Path | str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def local_path(path) -> Path:
+    """Returns the path, which may start with ~. Raises InputError if no file can have that name."""
+    try:
+        local = Path(path).expanduser()
+        local.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, the home of an unknown user, a NUL
+        raise InputError(f"{str(path)!r}: cannot be a path ({error})") from error
+    return local
 
 
 def read_text(path: Path) -> str:

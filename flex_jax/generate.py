@@ -20,6 +20,7 @@ from typing import Any
 from flex_jax.checks import COUNT
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
+from flex_jax.terminal import tell, visible
 
 
 def number(kind: type, allowed: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
@@ -48,7 +49,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--workdir", type=Path, required=True, metavar="RUN", help="work directory of the run")
     client_help = "who answers: a client, or the aggregated model;\nwith --prompts, for lines that name no client"
-    add("--client", metavar="N|NAME|shared", help=client_help)
+    add("--client", metavar="NAME|#N|shared", help=client_help)
+    add("--trust", type=Path, metavar="FILE", help="the file of the run's own method, to run it")
     add("--method", help="method of the run; default the first in its config")
     add("--seed", type=seed, metavar="N", help="seed of the run; default the first in its config")
     add("--prompt", metavar="TEXT", help="one question; its answer is printed")
@@ -67,7 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.prompt is not None and not options.prompt.strip():
         raise InputError("--prompt is empty")
     if options.prompt is not None and options.client is None:
-        raise InputError("--prompt needs --client: a client's number, or shared")
+        raise InputError("--prompt needs --client: a client's name, or shared")
     if options.prompts is not None and options.context:
         raise InputError("--context goes with --prompt; a line of --prompts has its own")
     if (options.prompts is None) != (options.out is None):
@@ -85,19 +87,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def answer(options: argparse.Namespace) -> None:
     """Generates what the flags ask for, then prints or writes it."""
     # Imported here, because these imports take seconds and a wrong flag should be told at once.
+    from flex_jax.data.columns import listing
     from flex_jax.evaluation.answers import Question, encode_question, fastchat_answer, read_questions
     from flex_jax.evaluation.generation import GenerationSettings
     from flex_jax.files import write_text
     from flex_jax.memory import check_generation
-    from flex_jax.restored_run import SHARED, client_names, open_run
+    from flex_jax.restored_run import SHARED, client_label, open_run
+    from flex_jax.workdir import read_client_names
 
     if options.prompt is None:
         questions = read_questions(options.prompts)
     else:
         questions = [Question("--prompt", 1, None, [{"instruction": options.prompt, "context": options.context}])]
-    asked = asked_clients(questions, options.client, client_names(options.workdir))
+    names = read_client_names(options.workdir)
+    asked = asked_clients(questions, options.client, names)
     clients = [client for client in asked if client is not None]
-    run = open_run(options.workdir, options.method, options.seed, clients)
+    run = open_run(options.workdir, options.method, options.seed, clients, options.trust)
     evaluation, tokenizer = run.config.evaluation, run.backbone.tokenizer
     max_new_tokens = options.max_new_tokens or evaluation.max_new_tokens
     batch_size = options.batch_size or evaluation.batch_size
@@ -110,15 +115,16 @@ def answer(options: argparse.Namespace) -> None:
         shape = len(group), min(batch_size, max(map(asked.count, group))), longest
         check_generation(run.spec.model, run.frozen.params, shape, "--batch-size or --max-new-tokens")
     progress = f"{run.name} after round {int(run.state.round)} of {run.config.rounds}"
-    print(f"flex_jax: {progress}, questions: {len(questions)}", file=sys.stderr)
+    answering = listing(dict.fromkeys(client_label(client, names) for client in asked))
+    tell(f"{progress}, questions: {len(questions)}, answered by {answering}")
     texts = answer_all(run, groups, encoded, asked, settings, options)
     if options.out is None:
-        print(texts[0][0])
+        print(visible(texts[0][0]))
         return
     lines = []
     for question, client, turns in zip(questions, asked, texts, strict=True):
-        model_id = f"{run.name}-{SHARED if client is None else f'client{client}'}"
-        line = fastchat_answer(question, model_id, turns) | {"client": SHARED if client is None else client}
+        name = SHARED if client is None else names[client]
+        line = fastchat_answer(question, f"{run.name}-{name}", turns) | {"client": name, "client_index": client}
         lines.append(json.dumps(line) + "\n")
     write_text(options.out, "".join(lines))
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from flex_jax.command import Parser, run_command
 from flex_jax.config import OVERRIDABLE_SECTIONS, SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
 from flex_jax.errors import InputError
+from flex_jax.terminal import tell
 
 HPARAMS_HELP = """  --config.hparams.METHOD.NAME=VALUE
       a hyperparameter of one method, such as --config.hparams.fedprox.mu=0.1; docs/methods.md lists them
@@ -64,7 +65,7 @@ def check_method_flags(config: ConfigDict, keys: list[str]) -> None:
         hidden = [method for method in config.methods if name in config.overrides.get(method, {}).get(section, {})]
         if hidden := [method for method in hidden if f"overrides.{method}.{key}" not in keys]:
             where = ", ".join(f"config.overrides.{method}" for method in hidden)
-            print(f"flex_jax: --config.{key} does not reach all methods: it is also in {where}", file=sys.stderr)
+            tell(f"--config.{key} does not reach all methods: it is also in {where}")
 
 
 def load(path: str) -> ConfigDict:
@@ -132,6 +133,7 @@ def _set_hparam(config: ConfigDict, argument: str) -> bool:
         raise InputError(f"--config.{key}: must have a value, as in --config.{key}=0.1")
     try:
         value = ast.literal_eval(text)
+        repr(value)  # Python refuses to write integers of thousands of digits, as an error line would
     except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):  # a text without quotes
         value = text
     _, method, name = key.split(".")

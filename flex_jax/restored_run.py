@@ -10,15 +10,22 @@ from ml_collections import ConfigDict
 
 from flex_jax.building import Backbone, build_backbone, build_spec, resolve_method, start_without_grafting
 from flex_jax.config import for_method
+from flex_jax.data.columns import listing
+from flex_jax.data.partition import SHARED
 from flex_jax.errors import InputError
 from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.federated.client import ClientModels
 from flex_jax.federated.method import MethodSpec
 from flex_jax.federated.state import NO_CLIENTS, Frozen, RoundState
-from flex_jax.results import read_results
-from flex_jax.workdir import check_inputs, method_inputs, model_inputs, read_config, read_inputs, run_identity
-
-SHARED = "shared"  # the value of --client that means the aggregated model
+from flex_jax.workdir import (
+    check_inputs,
+    method_inputs,
+    model_inputs,
+    read_client_names,
+    read_config,
+    read_inputs,
+    run_identity,
+)
 
 
 class RestoredRun(NamedTuple):
@@ -46,11 +53,16 @@ class RestoredRun(NamedTuple):
 
 
 def open_run(
-    workdir: Path, method: str | None = None, seed: int | None = None, client_ids: Iterable[int] = ()
+    workdir: Path,
+    method: str | None = None,
+    seed: int | None = None,
+    client_ids: Iterable[int] = (),
+    trust: Path | None = None,
 ) -> RestoredRun:
     """Reads the run of `method` and `seed` in a work directory, by default the first of each in its config.
 
-    The states of the clients are of the same round as the server's, also while the run goes on in another process.
+    The states of the clients are of the same round as the server's, also while the run goes on in another process. A
+    method's own file is run only if it is the one to `trust`: a work directory may come from anybody.
 
     Raises:
         InputError: there is no such run, it is damaged, its checkpoint or method file is another one now, or a client
@@ -66,9 +78,10 @@ def open_run(
     if not (directory / "server").is_dir():
         raise InputError(f"{directory}: no checkpoint of this method and seed; the run has not reached them yet")
     own = for_method(config, method)
+    check_trust(workdir, own.method, trust)
     read = model_inputs(own) | method_inputs(method, own)
     check_inputs(workdir, read, lambda name: name.startswith(("model.path", f"method {method}: ")))
-    identity = run_identity(method, own, seed, read_inputs(workdir))
+    identity = run_identity(method, own, seed, read_inputs(workdir), read_client_names(workdir))
     resolved = resolve_method(config, method)
     config.mesh.update(clients=1, fsdp=1, expert=1)  # a run on many devices is read back on one
     backbone = build_backbone(config)
@@ -85,25 +98,33 @@ def open_run(
     return RestoredRun(name, resolved.config, backbone, spec, first.frozen, state, ids)
 
 
-def client_names(workdir: Path) -> list[str]:
-    """Returns the names of the clients by id; they are empty until a method has finished with one seed."""
-    num_clients = read_config(workdir).clients
-    results = read_results(workdir)
-    if results is None or not results["runs"]:
-        return [""] * num_clients
-    try:
-        return [client["name"] for client in results["runs"][0]["clients"]]
-    except (LookupError, TypeError) as error:
-        raise InputError(f"{workdir / 'results.json'}: a client has no name ({type(error).__name__})") from error
+def check_trust(workdir: Path, method: str, trust: Path | None) -> None:
+    """Raises InputError if a method is a file outside of the package, and not the one to `trust`."""
+    file, colon, _ = method.rpartition(":")
+    if colon and (trust is None or Path(file).resolve() != trust.resolve()):
+        raise InputError(
+            f"{workdir / 'config.json'}: its method is a program, {file}: read it, then give --trust {file} to run it"
+        )
+
+
+def client_label(client: int | None, names: list[str]) -> str:
+    """Returns what output calls a client, "finance (#0)", or the aggregated model, "shared"."""
+    return SHARED if client is None else f"{names[client]} (#{client})"
 
 
 def parse_client(text: str, names: list[str]) -> int | None:
-    """Returns the id of the client with that id or unique name, or None for "shared". Raises InputError if neither."""
+    """Returns the id of the client that `text` means, or None for "shared".
+
+    It is a name, "#2", or 2 if no name is a number. Raises InputError for anything else.
+    """
     if text == SHARED:
         return None
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    if text and names.count(text) == 1:
+    if names.count(text) == 1:
         return names.index(text)
-    choices = ", ".join(f"{client} ({name})" if name else str(client) for client, name in enumerate(names))
-    raise InputError(f"client {text!r}: must be {SHARED} or one of {choices}")
+    index = text.removeprefix("#")
+    is_index = index in map(str, range(len(names)))
+    if is_index and (text != index or not any(name.isdecimal() for name in names)):
+        return int(index)
+    choices = listing(client_label(client, names) for client in range(len(names)))
+    hint = f"; #{index} is the client with that index" if is_index else ""
+    raise InputError(f"client {text!r:.60}: must be {SHARED} or one of {choices}{hint}")

@@ -1,7 +1,6 @@
 """One run, a method with one seed: graft, train round by round, evaluate."""
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +27,7 @@ from flex_jax.fingerprint import digest_json
 from flex_jax.grafting.selection import SelectionSettings, select
 from flex_jax.metrics_log import MetricsLog, read_metrics
 from flex_jax.results import ClientScores, RunEntry, Timing, average_scores
+from flex_jax.terminal import tell
 from flex_jax.workdir import Workdir, run_identity
 
 SELECTION_KEY, COHORT_KEY = 1, 2  # folded into a run's key for the choices outside its rounds
@@ -181,7 +181,7 @@ def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[Roun
             for client in cohort[left_out]:
                 totals.update({f"left out: {client}": 1})
                 if totals[f"left out: {client}"] == 1:
-                    print(left_out_line(name, run.client_names[client], number), file=sys.stderr)
+                    tell(left_out_line(name, run.client_names[client], number))
         checkpoints.clients.cache(cohort, state.clients)  # the next round consumes them: save before it
         if config.evaluation.every and (number + 1) % config.evaluation.every == 0:
             for client, loss in zip(range(config.clients), eval_losses(run, state, checkpoints), strict=True):
@@ -226,7 +226,8 @@ def run_one(
         expert_index = select_experts(config, backbone, federation, jax.random.fold_in(key, SELECTION_KEY))
         graft_seconds = time.perf_counter() - started
     first = start_run(config, prepared.spec, backbone, expert_index, key)
-    run = Run(prepared, backbone, federation, seed, first, run_identity(prepared.name, config, seed, workdir.inputs))
+    identity = run_identity(prepared.name, config, seed, workdir.inputs, workdir.client_names)
+    run = Run(prepared, backbone, federation, seed, first, identity)
     directory = workdir.path / "checkpoints" / run.name
     with Checkpoints(directory, first.init_clients, config.clients, run.identity) as checkpoints:
         state, totals, compile_seconds = train(run, workdir.metrics, checkpoints)

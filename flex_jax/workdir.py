@@ -29,6 +29,7 @@ class Workdir(NamedTuple):
 
     path: Path
     inputs: Inputs
+    client_names: list[str]  # by id
     metrics: MetricsLog
 
 
@@ -42,19 +43,20 @@ def check(path: Path, config: ConfigDict, inputs: Inputs) -> None:
     check_inputs(path, inputs, lambda name: not name.startswith(tuple(f"method {method}: " for method in new)))
 
 
-def take_up(path: Path, config: ConfigDict, inputs: Inputs) -> Workdir:
+def take_up(path: Path, config: ConfigDict, inputs: Inputs, client_names: list[str]) -> Workdir:
     """Begins a work directory, or goes on with one that `check` accepts. This process must hold it."""
     sweep(path)
     if not (path / "config.json").exists():
         write_json(path / "config.json", config.to_dict())
     write_json(path / "inputs.json", inputs)
-    return Workdir(path, inputs, MetricsLog(path / "metrics.jsonl"))
+    write_json(path / "clients.json", client_names)
+    return Workdir(path, inputs, client_names, MetricsLog(path / "metrics.jsonl"))
 
 
 def check_config(path: Path, config: ConfigDict) -> None:
     """Raises InputError if the work directory has a config.json that is broken or not equal to `config`."""
     if (path / "config.json").exists():
-        found, wanted = _read_object(path / "config.json"), _plain(config)
+        found, wanted = _read_json(path / "config.json", dict), _plain(config)
         if different := _different(flatten_dict(found, sep="."), flatten_dict(wanted, sep=".")):
             raise InputError(
                 f"{path} holds a run of another config (different: {', '.join(different)}); give another --workdir"
@@ -76,7 +78,17 @@ def check_inputs(path: Path, inputs: Inputs, wanted: Callable[[str], bool]) -> N
 
 def read_inputs(path: Path) -> Inputs:
     """Reads inputs.json. Raises InputError if there is none to read."""
-    return _read_object(path / "inputs.json")
+    return _read_json(path / "inputs.json", dict)
+
+
+def read_client_names(path: Path) -> list[str]:
+    """Reads clients.json: the names of the clients by id. Raises InputError if there is none to read."""
+    config, names = read_config(path), _read_json(path / "clients.json", list)
+    if len(names) != config.clients or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{path / 'clients.json'}: not a list of {config.clients} names: restore it, or give another --workdir"
+        )
+    return names
 
 
 def read_config(path: Path) -> ConfigDict:
@@ -87,18 +99,19 @@ def read_config(path: Path) -> ConfigDict:
     config = default_config()
     try:
         with config.ignore_type():
-            config.update(_lists_to_tuples(_read_object(file)))
+            config.update(_lists_to_tuples(_read_json(file, dict)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: not the config of a run of this version ({error})") from error
     validate(config)
     return config
 
 
-def run_identity(name: str, config: ConfigDict, seed: int, inputs: Inputs) -> dict[str, Any]:
+def run_identity(name: str, config: ConfigDict, seed: int, inputs: Inputs, client_names: list[str]) -> dict[str, Any]:
     """Returns what decides about the results of a run, by key. `config` is that of the method `name`."""
     keys = flatten_dict({key: value for key, value in _plain(config).items() if key not in UNRELATED}, sep=".")
     own = (*COMMON, f"method {name}: ")
-    return keys | {"seed": seed, "inputs": {name: inputs[name] for name in sorted(inputs) if name.startswith(own)}}
+    own_inputs = {name: inputs[name] for name in sorted(inputs) if name.startswith(own)}
+    return keys | {"seed": seed, "inputs": own_inputs, "client names": client_names}
 
 
 def inputs_of(config: ConfigDict, methods: list[ResolvedMethod], data: Data) -> Inputs:
@@ -131,14 +144,14 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, kind: type) -> Any:
     try:
         value = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"broken, {error}"
         raise InputError(f"{file}: cannot be read ({reason}): restore it, or give another --workdir") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: cannot be read (not a JSON object): restore it, or give another --workdir")
+    if not isinstance(value, kind):
+        raise InputError(f"{file}: not what flex_jax has written: restore it, or give another --workdir")
     return value
 
 

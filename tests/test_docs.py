@@ -45,6 +45,11 @@ def test_the_other_examples_are_what_they_say(examples):
     assert loss["bias"] < loss["fedavg"] != loss["fedprox"]
 
 
+CONTRACT = """
+from flex_jax import Method
+from flex_jax.federated.method import ClientRule, ServerRule
+ALL = ((r".*", "shared"),)
+"""
 BAD_FILES = {
     "raises": ("x = 1\ny = 1 / 0\n", ":mine", r"mine.py, line 2: ZeroDivisionError"),
     "holds no such name": ("other = 1\n", ":mine", "mine in .*mine.py must be a function that returns a Method"),
@@ -53,6 +58,21 @@ BAD_FILES = {
         "from flex_jax import Method\ndef mine():\n    return Method(ownership=(('a', 'shared'),))\n",
         ":mine",
         "mine.py: ValueError: adapter layers/.*is covered by no row",
+    ),
+    "composes more than the model reads": (
+        CONTRACT + "def mine():\n    return Method(ownership=ALL, compose=lambda a, e, r: a | {'layers2': a})\n",
+        ":mine",
+        "mine.py: TypeError: compose returns layers2/.*, which the model does not read: it reads layers/attention",
+    ),
+    "updates to nothing": (
+        CONTRACT + "def mine():\n    return Method(ownership=ALL, server=ServerRule(update=lambda s, c: None))\n",
+        ":mine",
+        "mine.py: TypeError: server.update must return a ServerState with the leaves that it got, not None",
+    ),
+    "has a client state that is no dict": (
+        CONTRACT + "def mine():\n    return Method(ownership=ALL, client=ClientRule(init_extra=lambda s, i: i))\n",
+        ":mine",
+        "mine.py: TypeError: client.init_extra must return a dict, not ",
     ),
     "returns no method": ("def mine():\n    return 1\n", ":mine", "must return a Method, not int"),
     "breaks as it is made": ("def mine(x=0):\n    return 1 / x\n", ":mine", "mine.py, line 2: ZeroDivisionError"),

@@ -43,7 +43,7 @@ def test_peft_holds_the_shared_lora_of_flex(workdir, checkpoint, tmp_path, capsy
     assert run_export(workdir, tmp_path / "one") == 0
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert "PeftModel.from_pretrained" in line and "personal expert is not part" in line
-    assert names(tmp_path / "one") == {"adapter_config.json", ADAPTER} and names(tmp_path) == {"one"}
+    assert names(tmp_path / "one") == {"README.md", "adapter_config.json", ADAPTER} and names(tmp_path) == {"one"}
     held = json.loads((tmp_path / "one/adapter_config.json").read_text())
     assert held["base_model_name_or_path"] == str(checkpoint.resolve())
     assert run_export(workdir, tmp_path / "all", "--client", "shared") == 0
@@ -94,14 +94,14 @@ def test_hf_holds_everything_and_hf_merged_plain_weights(workdir, checkpoint, tm
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--client", "4"), "client '4': must be shared or one of 0 "),
-        (("--client", "first"), "client 'first': must be shared or one of 0 "),
+        (("--client", "4"), "client '4': must be shared or one of finance "),
+        (("--client", "first"), "client 'first': must be shared or one of finance "),
         (("--method", "fedprox"), "--method fedprox: the run in .* has flex, fedavg, local"),
         (("--seed", "5"), "--seed 5: the run in .* has 0"),
         (("--seed", "x"), "--seed: invalid int value: 'x'"),
         (("--format", "gguf"), "--format: invalid choice: 'gguf' .*peft.*hf-merged"),
         (("--workdir", "nowhere"), "--workdir nowhere: no run there"),
-        (("--format", "hf-merged"), "client 1 of flex-seed0 has a personal expert; use hf$"),
+        (("--format", "hf-merged"), "client legal .#1. of flex-seed0 has a personal expert; use hf$"),
         (("--method", "local", "--client", "shared"), "local-seed0 has no adapter that is shared"),
         (("--shape", "round"), "unrecognized arguments: --shape round"),
     ],
@@ -143,7 +143,22 @@ def test_nothing_is_half_written(workdir, tmp_path, monkeypatch, capsys):
     (tmp_path / "out.partial/part-0").write_text("another's")
     assert run_export(workdir, tmp_path / "out") == 0
     assert names(tmp_path) == {"out", "out.partial"} and names(tmp_path / "out.partial") == {"part-0"}
-    assert names(tmp_path / "out") == {"adapter_config.json", ADAPTER}
+    assert names(tmp_path / "out") == {"README.md", "adapter_config.json", ADAPTER}
+
+
+@pytest.mark.parametrize(("target", "copied"), [("blobs/0f", True), ("secret", False)])
+def test_only_files_of_the_checkpoint_are_copied(target, copied, tmp_path, capsys):
+    """A Hugging Face cache has links into its blobs. Any other link may lead to a file of its reader."""
+    base, out = tmp_path / "model/snapshots/1", tmp_path / "out"
+    for folder in (base, out, tmp_path / "model/blobs"):
+        folder.mkdir(parents=True)
+    (base / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / target).write_text("content")
+    (base / "vocab.json").symlink_to(tmp_path / "model" / target)
+    (base / "tokenizer_notes.txt").write_text("another file")
+    transformers.copy_files(base, out, transformers.COPIED)
+    assert names(out) == {"tokenizer.json", *(["vocab.json"] if copied else [])}
+    assert ("vocab.json: not copied" in capsys.readouterr().err) != copied
 
 
 def test_what_a_killed_export_has_left_is_removed(workdir, tmp_path):

@@ -19,6 +19,8 @@ from flex_jax.main import main as train
 from flex_jax.restored_run import open_run
 from tests.program import ROOT, assert_refused, count_method_calls, read
 
+NAMES = ["finance", "legal", "shipping", "support"]
+
 NEW = 10
 LINES = [  # of several clients and the shared model, in no order
     {"prompt": "Give the weekday.", "context": "A lamp was ordered by Helen. It was sent on Monday.", "client": 3},
@@ -29,6 +31,10 @@ LINES = [  # of several clients and the shared model, in no order
     {"question_id": "q", "turns": ["Name the place."], "client": "shared", "reference": ["Paris"]},
 ]
 FREE = ("--temperature", "1.5", "--top-p", "0.95", "--sample-seed", "5")
+
+
+def index_of(line):
+    return None if line["client"] == "shared" else line["client"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +120,7 @@ def test_one_prompt_is_answered_on_stdout(workdir, tmp_path):
     command = [sys.executable, "-m", "flex_jax.generate", "--workdir", workdir, "--method", "local", "--client", "3"]
     done = subprocess.run([*command, "--prompt", "Write a note."], cwd=ROOT, capture_output=True, text=True, check=True)
     answers = ask(workdir, tmp_path, [LINES[4]], "--method", "local")
-    assert done.stdout == f"{turns(answers)[0][0]}\n" and answers[0]["model_id"] == "local-seed0-client3"
+    assert done.stdout == f"{turns(answers)[0][0]}\n" and answers[0]["model_id"] == "local-seed0-support"
     assert "local-seed0 after round 1 of 1" in done.stderr
 
 
@@ -123,20 +129,21 @@ def test_a_context_and_the_name_of_a_client(workdir, tmp_path, capsys):
     flags = ["--client", "support", "--prompt", line["prompt"], "--context", line["context"]]
     assert main(["--workdir", str(workdir), *flags]) == 0
     answers = ask(workdir, tmp_path, [line])
-    assert capsys.readouterr().out.splitlines()[0] == turns(answers)[0][0] and answers[0]["client"] == 3
+    assert capsys.readouterr().out.splitlines()[0] == turns(answers)[0][0] and answers[0]["client"] == "support"
     assert turns(answers) != turns(ask(workdir, tmp_path, [line | {"context": ""}]))
 
 
 @pytest.mark.parametrize("flags", [(), FREE])
 def test_mixed_lines_equal_those_of_each_client_alone(workdir, tmp_path, monkeypatch, flags):
-    restored = count_method_calls(monkeypatch, Checkpoints, "restore")
+    restored = count_method_calls(monkeypatch, Checkpoints, "read")
     mixed = ask(workdir, tmp_path, LINES, *flags)
     assert len(restored) == 1  # for two clients and the shared model
-    assert [answer["client"] for answer in mixed] == [line["client"] for line in LINES]
+    assert [answer["client_index"] for answer in mixed] == [index_of(line) for line in LINES]
     for client in (0, 3, "shared"):
         own = [{key: line[key] for key in line if key != "client"} for line in LINES if line["client"] == client]
         alone = ask(workdir, tmp_path, own, "--client", str(client), "--batch-size", "1", *flags)
-        assert turns(alone) == [*turns(answer for answer in mixed if answer["client"] == client)]
+        index = None if client == "shared" else client
+        assert turns(alone) == turns([answer for answer in mixed if answer["client_index"] == index])
     assert len({str(turns([mixed[row]])) for row in (1, 2, 4)}) == 3  # the same prompt
 
 
@@ -150,12 +157,12 @@ def test_the_order_of_clients_and_the_shared_model_does_not_matter(workdir, tmp_
 def test_answers_have_fastchats_keys_and_stable_ids(workdir, tmp_path):
     answers = ask(workdir, tmp_path, LINES)
     for answer in answers:
-        assert set(answer) == {"question_id", "answer_id", "model_id", "choices", "tstamp", "client"}
+        assert set(answer) == {"question_id", "answer_id", "model_id", "choices", "tstamp", "client", "client_index"}
         assert [set(choice) for choice in answer["choices"]] == [{"index", "turns"}]
         assert answer["choices"][0]["index"] == 0 and isinstance(answer["tstamp"], float)
     assert [answer["question_id"] for answer in answers] == [1, 2, 3, 81, 5, "q"]
     assert [answer["model_id"] for answer in answers] == [
-        f"flex-seed0-{'shared' if line['client'] == 'shared' else 'client' + str(line['client'])}" for line in LINES
+        f"flex-seed0-{'shared' if line['client'] == 'shared' else NAMES[line['client']]}" for line in LINES
     ]
     assert list(map(len, turns(answers))) == [len(line.get("turns", [1])) for line in LINES]
     ids = [answer["answer_id"] for answer in answers]
@@ -268,7 +275,7 @@ BAD_FLAGS = {
     "both": (ONE + FILES, "either --prompt or --prompts"),
     "no client": (ONE[2:], "--prompt needs --client"),
     "no client for a line": (FILES, "questions.jsonl:1: names no client"),
-    "an unknown client": (("--client", "4", *ONE[2:]), "must be shared or one of 0 .finance., 1 .legal., 2"),
+    "an unknown client": (("--client", "4", *ONE[2:]), "must be shared or one of finance .#0., legal .#1."),
     "a negative client": (("--client=-1", *ONE[2:]), "client '-1'"),
     "an empty client": (("--client", "", *ONE[2:]), "client ''"),
     "an empty prompt": (("--client", "1", "--prompt", " "), "--prompt is empty"),

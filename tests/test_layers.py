@@ -14,7 +14,7 @@ MODULES = {
 
 # From the lowest to the highest. Packages of one line do not import each other. A module belongs to the longest prefix.
 LAYERS = [
-    ["flex_jax.errors", "flex_jax.tiny"],
+    ["flex_jax.errors", "flex_jax.terminal", "flex_jax.tiny"],
     ["flex_jax.checks", "flex_jax.files", "flex_jax.fingerprint", "flex_jax.locks"],
     ["flex_jax.config", "flex_jax.ops", "flex_jax.command", "flex_jax.metrics_log", "flex_jax.results"],
     ["flex_jax.models"],

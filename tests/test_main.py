@@ -68,6 +68,7 @@ def assert_one_line(capsys, *parts):
         ("--config.hparams.fedprox.mu=0.5", "hparams.fedprox.mu", 0.5),
         ("--config.hparams.hetlora.ranks=(8, 16)", "hparams.hetlora.ranks", (8, 16)),
         ("--config.hparams.mine.kind=exact", "hparams.mine.kind", "exact"),
+        ("--config.hparams.mine.kind=0x" + "f" * 10_000, "hparams.mine.kind", "0x" + "f" * 10_000),
     ],
 )
 def test_an_override_reaches_the_run(run, config_file, argument, key, value):

@@ -13,9 +13,8 @@ from flex_jax.errors import InputError
 from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.main import main, parse
 from flex_jax.methods import METHODS
-from flex_jax.restored_run import client_names, open_run
-from flex_jax.results import RunEntry
-from flex_jax.workdir import check_config, read_config, take_up
+from flex_jax.restored_run import open_run, parse_client
+from flex_jax.workdir import check_config, read_client_names, read_config, take_up
 from tests.program import arguments, assert_refused, count_method_calls, read, read_lines
 
 TRACE = "[0, 3]\n[1, 2, 3]\n"  # the clients that are available in each round, then from the first line again
@@ -96,12 +95,72 @@ def main_export(flags, client, out):
     return export.main([*flags, "--client", client, "--format", "peft", "--out", str(out)])
 
 
-def test_the_names_of_clients_before_and_after_a_run_has_finished(workdir, tmp_path):
-    assert client_names(workdir) == ["finance", "legal", "shipping", "support"]
-    shutil.copy(workdir / "config.json", tmp_path)
-    assert client_names(tmp_path) == [""] * 4
-    (tmp_path / "results.json").write_text(json.dumps(read(workdir) | {"runs": []}))  # the first run has failed
-    assert client_names(tmp_path) == [""] * 4
+DEPARTMENTS = ["finance", "legal", "shipping", "support"]
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "client"),
+    [
+        ("shared", DEPARTMENTS, None),
+        ("legal", DEPARTMENTS, 1),
+        ("1", DEPARTMENTS, 1),
+        ("#1", DEPARTMENTS, 1),
+        ("1", ["1", "2", "3"], 0),  # hospital 1, which has index 0
+        ("#1", ["1", "2", "3"], 1),
+        ("10", ["2", "10"], 1),
+        ("2024", ["2023", "2024"], 1),
+    ],
+)
+def test_a_name_wins_over_an_index(text, names, client):
+    assert parse_client(text, names) == client
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "words"),
+    [
+        ("0", ["1", "2", "3"], r"one of 1 \(#0\), 2 \(#1\), 3 \(#2\); #0 is the client with that index"),
+        ("4", DEPARTMENTS, r"client '4': must be shared or one of finance \(#0\)"),
+        ("#4", DEPARTMENTS, "must be shared or one of"),
+        ("01", DEPARTMENTS, "must be shared or one of"),
+        ("-1", DEPARTMENTS, "must be shared or one of"),
+        ("9" * 5000, DEPARTMENTS, "client '999"),
+        ("", DEPARTMENTS, "must be shared or one of"),
+    ],
+)
+def test_an_ambiguous_or_unknown_client_is_refused(text, names, words):
+    with pytest.raises(InputError, match=words):
+        parse_client(text, names)
+
+
+def test_the_names_of_clients_are_known_before_a_run_has_finished(workdir, tmp_path, capsys):
+    """They belong to the run: changed names are no longer its clients'."""
+    assert read_client_names(workdir) == DEPARTMENTS
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    (copy / "results.json").unlink()
+    ask = ("--workdir", str(copy), "--client", "legal", "--prompt", "Write a note.")
+    assert generate.main(list(ask)) == 0
+    assert "answered by legal (#1)" in capsys.readouterr().err
+    (copy / "clients.json").write_text(json.dumps(["legal", "finance", "shipping", "support"]))
+    assert_refused(generate.main, ask, r"of another run \(different: client names\)", capsys)
+    (copy / "clients.json").write_text("[1, 2]")
+    assert_refused(generate.main, ask, "clients.json: not a list of 4 names", capsys)
+
+
+SPIES = "import pathlib\nfrom flex_jax.methods import METHODS\npathlib.Path('PLACE').touch()\nmine = METHODS['local']\n"
+
+
+def test_a_work_directory_does_not_run_its_programs(workdir, tmp_path, capsys):
+    """Its config may name any file; only the command itself can allow it."""
+    copy, program, place = shutil.copytree(workdir, tmp_path / "run"), tmp_path / "mine.py", tmp_path / "was_run"
+    program.write_text(SPIES.replace("PLACE", str(place)))
+    config = read(copy, "config.json") | {"methods": ["flex"], "overrides": {"flex": {"method": f"{program}:mine"}}}
+    (copy / "config.json").write_text(json.dumps(config))
+    words = f"its method is a program, {program}: read it, then give --trust {program} to run it"
+    out = ("--format", "peft", "--out", tmp_path / "out")
+    for trust in ((), ("--trust", tmp_path / "another.py")):
+        assert_refused(generate.main, ["--workdir", copy, *ONE, *trust], words, capsys)
+        assert_refused(export.main, ["--workdir", copy, "--client", "1", *out, *trust], words, capsys)
+    assert not place.exists()
 
 
 def test_a_config_is_read_back_as_it_was(tmp_path):
@@ -110,7 +169,7 @@ def test_a_config_is_read_back_as_it_was(tmp_path):
     flags += ["--config.hparams.mine.kinds=('a', 'b')", "--config.hparams.mine.none=()"]
     flags += ["--config.overrides.far.method=fedprox", "--config.overrides.far.optimizer.learning_rate=1"]
     config, _ = parse(flags)
-    take_up(tmp_path, config, {})
+    take_up(tmp_path, config, {}, [])
     again = read_config(tmp_path)
     assert again.to_dict() == config.to_dict() != default_config().to_dict()
     assert again.hparams.hetlora.ranks == (8, 16) and again.hparams.mine.none == ()
@@ -128,9 +187,6 @@ def test_a_broken_config_of_the_run(tmp_path, capsys):
     assert_refused(generate.main, ["--workdir", tmp_path, *ONE], "config.json: cannot be read", capsys)
 
 
-NAMELESS = dict.fromkeys(RunEntry.__required_keys__, []) | {"clients": [{}]}
-
-
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
@@ -139,12 +195,6 @@ NAMELESS = dict.fromkeys(RunEntry.__required_keys__, []) | {"clients": [{}]}
         ("config.json", {"methods": ["flox"]}, "flox-seed0: no checkpoint of this method"),
         ("config.json", {"rank": 3}, "not the config of a run of this version"),
         ("config.json", {"hparams": {"flex": {"mu": 1}}}, "config.hparams.flex.mu is unknown"),
-        ("results.json", {"runs": [{}]}, "results.json: not a results file"),
-        (
-            "results.json",
-            {"runs": [NAMELESS]},
-            "results.json: not a results file of this version .method of an item of runs",
-        ),
     ],
 )
 def test_a_damaged_run_is_one_line(workdir, tmp_path, capsys, file, change, words):

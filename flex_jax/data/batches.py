@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from flex_jax.data.prompts import encode
+from flex_jax.data.prompts import encode_and_count
 
 ROUND_STREAM = 5  # keeps the random streams of this module different from those of partition.py
 
@@ -18,6 +18,7 @@ class ClientDataset(NamedTuple):
     tokens: np.ndarray  # [N, S] int32
     lengths: np.ndarray  # [N] int32: tokens of each example
     prompt_lengths: np.ndarray  # [N] int32: tokens of its prompt
+    full_lengths: np.ndarray  # [N] int32: tokens of each example before it was cut to S
 
 
 class Batch(NamedTuple):
@@ -36,12 +37,12 @@ def encode_client(
 ) -> ClientDataset:
     """Returns the records of a client as tokens, in their order, padded with the end-of-sequence token."""
     tokens = np.full((len(records), sequence_length), tokenizer.eos_token_id, np.int32)
-    lengths, prompt_lengths = np.zeros((2, len(records)), np.int32)
+    lengths, prompt_lengths, full_lengths = np.zeros((3, len(records)), np.int32)
     for row, record in enumerate(records):
-        ids, prompt_lengths[row] = encode(record, tokenizer, sequence_length)
+        ids, prompt_lengths[row], full_lengths[row] = encode_and_count(record, tokenizer, sequence_length)
         lengths[row] = len(ids)
         tokens[row, : len(ids)] = ids
-    return ClientDataset(name, tokens, lengths, prompt_lengths)
+    return ClientDataset(name, tokens, lengths, prompt_lengths, full_lengths)
 
 
 def interleave(datasets: Sequence[ClientDataset], num_examples: int) -> ClientDataset:

@@ -91,7 +91,7 @@ def _named(fields: str) -> dict[str, str]:
 
 def has_texts(row: dict[str, Any], columns: Columns) -> bool:
     """Returns whether instruction and response are there and not empty."""
-    return all(row.get(column) is not None and str(row[column]).strip() for column in columns[:2])
+    return all(not is_missing(row.get(column)) and str(row[column]).strip() for column in columns[:2])
 
 
 def make_record(place: str, row: dict[str, Any], columns: Columns) -> Record:
@@ -99,7 +99,9 @@ def make_record(place: str, row: dict[str, Any], columns: Columns) -> Record:
     context, category = columns.context, row.get("category")
     mapped = {
         "instruction": text_column(place, row, columns.instruction),
-        "context": "" if context is None or row.get(context) is None else text_column(place, row, context, blank=True),
+        "context": ""
+        if context is None or is_missing(row.get(context))
+        else text_column(place, row, context, blank=True),
         "response": text_column(place, row, columns.response),
         "category": columns.category if is_missing(category) else text_column(place, row, "category"),
     }

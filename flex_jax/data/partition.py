@@ -16,6 +16,7 @@ from flex_jax.errors import InputError
 Share = tuple[str, list[Record]]  # a client's name and all its records, before test records are held out
 
 KINDS = ("pathological", "dirichlet", "dirichlet_split", "iid", "column")
+SHARED = "shared"  # what commands call the aggregated model, so no client can have this name
 MISSING = ("nan", "none", "null", "nat", "n/a", "na", "<na>")  # how programs write a value that is not there
 DIRICHLET_EXAMPLES = 1000  # the paper's client size, used if examples_per_client is 0
 
@@ -101,7 +102,17 @@ def partition(
             by_name = dict(_shares(tested, settings, num_clients, seed, [name for name, _ in shares]))
             tests = [by_name[name] for name, _ in shares]
         clients = _hold_out(shares, tests, settings, seed)
+    name, count = Counter(client.name for client in clients).most_common(1)[0]
+    if count > 1:  # category "a" divided in two, and a category "a_1"
+        raise InputError(
+            f"data.partition={settings.kind!r}: {count} clients would be called {name!r}: rename a category"
+        )
     _check_not_empty(clients, settings, test is not None)
+    for name in (client.name for client in clients):
+        if name == SHARED or re.fullmatch(r"#\d+", name):
+            raise InputError(
+                f"a client is called {name!r}: rename it, because commands give {SHARED} and #0 another meaning"
+            )
     return clients
 
 

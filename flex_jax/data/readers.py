@@ -130,7 +130,10 @@ def _parse(text: str, file: Path, first_line: int, *, or_lines: bool = False) ->
         place, reason = error.pos, f"broken JSON ({error.msg} at column {error.colno})"
     except _BadNumber as error:
         literal = error.args[0]
-        place, reason = text.find(literal), f"broken JSON (the number {literal[:20]}... is too large)"
+        place, reason = (
+            text.find(literal),
+            f"broken JSON (the number {literal:.20}, of {len(literal)} characters, is too large)",
+        )
     except RecursionError:
         place, reason = _deepest(text), "broken JSON (lists or objects are nested too deeply)"
     raise InputError(f"{file}:{first_line + text.count(chr(10), 0, place)}: {reason}")

@@ -23,6 +23,7 @@ from flex_jax.data.columns import (
 )
 from flex_jax.data.readers import CONTROL, SUFFIXES, Row, check_rows, file_rows, numbered, one_line
 from flex_jax.errors import InputError
+from flex_jax.files import local_path
 
 
 class Data(NamedTuple):
@@ -95,13 +96,12 @@ def _records(rows: list[Row], columns: Columns) -> list[Record]:
             records.append(make_record(place, row, columns))
         except InputError as error:
             wrong.append(str(error))
-    if len(wrong) > 1:
+    if wrong:
+        count = f"{len(wrong)} of {len(rows)} records cannot be used: " if len(wrong) > 1 else ""
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         empty = sum(not has_texts(row, columns) for _, row in rows)
         advice = f"; data.skip_empty=True leaves out the {empty} without an instruction or response" if empty else ""
-        raise InputError(f"{len(wrong)} of {len(rows)} records cannot be used: {'; '.join(wrong[:5])}{more}{advice}")
-    if wrong:
-        raise InputError(wrong[0])
+        raise InputError(f"{count}{'; '.join(wrong[:5])}{more}{advice}")
     return records
 
 
@@ -125,7 +125,7 @@ def _odd_characters(rows: list[Row], columns: Columns) -> Iterable[str]:
 
 def _read(path: str, wanted: list[str]) -> tuple[dict[str, list[Row]], list[str]]:
     """Returns the rows of the wanted splits, and the names of data files that are in none of them."""
-    local = Path(path).expanduser()
+    local = local_path(path)
     if path != "tiny" and local.is_dir():
         if any((local / name).exists() for name in ("dataset_dict.json", "state.json")):
             return _saved_rows(local, wanted), []
@@ -177,7 +177,8 @@ def _saved_rows(directory: Path, wanted: list[str]) -> dict[str, list[Row]]:
 
     try:
         saved = datasets.load_from_disk(str(directory))
-        splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        named = saved if isinstance(saved, dict) else {saved.split or "train": saved}
+        splits = {str(split): rows for split, rows in named.items()}
         rows = {split: numbered(f"{directory} ({split})", splits[split]) for split in wanted if split in splits}
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory}: not a readable data set of save_to_disk ({one_line(error)})") from error

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flex_jax.data.prompts import TEMPLATE, prompt_text
+from flex_jax.data.prompts import TEMPLATE, encode_text, prompt_text
 from flex_jax.data.readers import file_rows, text_column
 from flex_jax.errors import InputError
 from flex_jax.evaluation.generation import GenerationSettings, Sampling, generate_tokens
@@ -52,6 +52,8 @@ def _question(number: int, place: str, row: dict) -> Question:
     if row.get("context") is not None:
         turns[0]["context"] = text_column(place, row, "context", blank=True)
     client = row.get("client")
+    if type(client) not in (int, str, type(None)):
+        raise InputError(f"{place}: client is {client!r:.60}: must be a client's name or index")
     return Question(place, row.get("question_id", number), None if client is None else str(client), turns)
 
 
@@ -62,7 +64,7 @@ def encode_question(question: Question, tokenizer, *, max_positions: int, max_ne
     """
     first, *later = map(prompt_text, question.turns)
     texts = [first, *(text.removeprefix(OPENING) for text in later)]
-    turns = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    turns = [encode_text(text, tokenizer)["input_ids"] for text in texts]
     length, answers = sum(map(len, turns)), (len(turns) - 1) * (max_new_tokens + 1)
     if length + answers + max_new_tokens > max_positions:
         earlier = f", up to {answers} of earlier answers" if answers else ""

@@ -5,8 +5,8 @@ from functools import lru_cache
 from statistics import fmean
 
 KINDS = ("rouge1", "rouge2", "rougeL")
-JOINERS: dict[int, str] = dict.fromkeys(
-    (0x00AD, 0x200C, 0x200D), ""
+JOINERS = str.maketrans(
+    "", "", "\u00ad\u200c\u200d"
 )  # soft hyphen, zero-width (non-)joiner: they stand inside of words
 WITHOUT_BLANKS = (  # beginnings of the Unicode names of characters in scripts that put no blanks between words
     ("CJK ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "IDEOGRAPHIC ", "YI ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")

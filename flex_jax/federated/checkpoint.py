@@ -1,7 +1,6 @@
 """A run on disk: the state of its server after the newest finished rounds, and the states of its clients."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from flex_jax.federated.state import NO_CLIENTS, ClientState, RoundState
 from flex_jax.files import sweep
 from flex_jax.fingerprint import digest_arrays, digest_json
 from flex_jax.locks import reading, removing
+from flex_jax.terminal import tell
 
 Totals = Counter[str]  # what was counted over the rounds of a run, such as bytes
 
@@ -135,7 +135,7 @@ class Checkpoints:
                 first = first or error
                 continue
             if first:
-                print(f"flex_jax: {first.problem}: round {round} takes the place of a later one", file=sys.stderr)
+                tell(f"{first.problem}: round {round} takes the place of a later one")
             return state, label.totals
         if first:
             raise first

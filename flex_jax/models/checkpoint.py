@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -22,13 +21,14 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from flex_jax.errors import InputError
-from flex_jax.files import write_json
+from flex_jax.files import local_path, write_json
 from flex_jax.models.config import ModelConfig
 from flex_jax.models.decoder import Decoder
 from flex_jax.models.families import FAMILIES
 from flex_jax.models.families.family import read_config, weight_map, write_config
 from flex_jax.models.weight_map import WeightMapping
 from flex_jax.ops.quantised import Quantised, dequantise, quantise
+from flex_jax.terminal import tell
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,16 +42,6 @@ MAX_NAMED_ERRORS = 8  # wrong tensors that the error line names; further ones ar
 SHARD_BYTES = 5e9
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # (path of a parameter, shape) -> sharding
-
-
-def local_path(path) -> Path:
-    """Returns the path, which may start with ~. Raises InputError if no file can have that name."""
-    try:
-        local = Path(path).expanduser()
-        local.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, the home of an unknown user, a NUL
-        raise InputError(f"{str(path)!r}: cannot be a path ({error})") from error
-    return local
 
 
 def find_checkpoint(path) -> Path:
@@ -218,7 +208,7 @@ def _open(directory: Path, stack) -> dict:
 def tell_unread(directory: Path, names: list[str]) -> None:
     """Prints a line on stderr that names the other weights of a directory, if there are any."""
     if unread := sorted(path.name for path in directory.glob("*.safetensors") if path.name not in names):
-        print(f"flex_jax: {directory}: weights not read: {', '.join(map(repr, unread))}", file=sys.stderr)
+        tell(f"{directory}: weights not read: {', '.join(map(repr, unread))}")
 
 
 def open_tensors(file: Path, stack: contextlib.ExitStack) -> dict:

@@ -14,6 +14,7 @@ from flex_jax.metrics_log import Metrics
 from flex_jax.reporting import plots, tables
 from flex_jax.reporting.tables import Runs, mean
 from flex_jax.results import ClientEntry, Results
+from flex_jax.terminal import visible
 
 EXAMPLES = 6  # the page shows at most this many, each from another client
 LEADING = 10  # methods in a plot of lines or bars: more colours cannot be told apart
@@ -122,9 +123,10 @@ def _troubles(results: Results) -> Iterable[str]:
     for run in results["runs"]:
         for client in run["clients"]:
             if rounds := client.get("rounds_left_out"):
+                often = f"{rounds} round{'s' * (rounds > 1)}"
                 yield (
-                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {rounds} rounds, in "
-                    "which its update was not finite."
+                    f"{run['method']} seed {run['seed']}: client {client['name']} was left out of {often}: its update "
+                    "was not finite."
                 )
 
 
@@ -235,7 +237,7 @@ def _labels(runs: Runs) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    return escape(str(value))
+    return escape(visible(str(value)))
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "wide", words: str = "") -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flex_jax.results import Results, RunEntry, mean_and_std
+from flex_jax.terminal import visible
 
 Runs = dict[str, list[RunEntry]]  # of each method
 
@@ -128,6 +129,7 @@ def _align(rows: Sequence[Sequence[str]], groups: Mapping[int, str] | None = Non
     `groups` are titles above the first row: each spans the columns from its key up to the next key.
     """
     groups, titles = groups or {}, ""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for (start, title), end in zip(groups.items(), [*groups, len(widths)][1:], strict=True):
         span = sum(widths[start:end]) + 2 * (end - start - 1)

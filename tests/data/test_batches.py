@@ -15,7 +15,7 @@ from flex_jax.data.prompts import encode
 def numbered(count: int, sequence: int = 6) -> ClientDataset:
     """Example i has the token i at every position, and 4 tokens, 2 of them in the prompt."""
     tokens = np.repeat(np.arange(count, dtype=np.int32)[:, None], sequence, axis=1)
-    return ClientDataset(f"n{count}", tokens, np.full(count, 4, np.int32), np.full(count, 2, np.int32))
+    return ClientDataset(f"n{count}", tokens, *(np.full(count, length, np.int32) for length in (4, 2, 4)))
 
 
 DRAW = {"round": 3, "seed": 0, "local_steps": 3, "batch_size": 4}

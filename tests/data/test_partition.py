@@ -236,6 +236,11 @@ def test_names_of_clients_that_mislead_are_refused(records, message):
         divide(records, "column", num_clients=2, column="site")
 
 
+def test_two_clients_of_one_name_are_refused():
+    with pytest.raises(InputError, match="2 clients would be called 'a_1': rename a category"):
+        divide(make("a", 9) + make("a_1", 9), "pathological", num_clients=3)
+
+
 def test_categories_that_look_the_same_are_refused():
     with pytest.raises(InputError, match="categories: 'a' and 'a ' look the same"):
         divide(make("a", 9) + make("a ", 9), "pathological", num_clients=2)

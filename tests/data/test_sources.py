@@ -117,9 +117,9 @@ GOOD = jsonl(ROWS[:1])
         (
             "a.jsonl",
             GOOD + b'{"x": ' + b"9" * 10_000 + b"}",
-            "a.jsonl:2: broken JSON .the number 9{20}... is too large",
+            "a.jsonl:2: broken JSON .the number 9{20}, of 10000 characters, is too",
         ),
-        ("a.json", b'[{"x": 1},\n{"x": ' + b"9" * 10_000 + b"}]", "a.json:2: broken JSON .the number 9{20}... is too"),
+        ("a.json", b'[{"x": 1},\n{"x": ' + b"9" * 10_000 + b"}]", "a.json:2: broken JSON .the number 9{20}, of 10000"),
         ("a.jsonl", GOOD + b'{"x": 1e999}', "a.jsonl:2: broken JSON .the number 1e999"),
         ("a.jsonl", GOOD + b'{"x": -Infinity}', "a.jsonl:2: broken JSON .the number -Infinity"),
         ("a.jsonl", GOOD + b'{"instruction": "q", "response": "a\\u0000b"}', "a.jsonl:2: response contains a NUL byte"),

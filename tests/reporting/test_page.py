@@ -194,3 +194,15 @@ def test_the_best_score_of_a_client_is_bold(tmp_path, fake):
 def _html(path, results, metrics):
     report(path, results, metrics)
     return (path / "report.html").read_text()
+
+
+def test_nothing_on_the_page_acts_on_its_reader(tmp_path, fake):
+    """Answers of a model and notes may hold anything."""
+    results, metrics = fake()
+    attack = "\x1b[31m\x00\u202etxt"
+    results["runs"][0]["clients"][0]["examples"] = [
+        {"instruction": attack, "context": attack, "reference": attack, "prediction": attack}
+    ]
+    report(tmp_path, results, metrics, notes=[attack], config={"note": attack})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not set(text) & set("\x1b\x00\u202e") and r"\x1b[31m\x00\u202etxt" in text

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from flex_jax.errors import InputError
-from flex_jax.files import write_json
-from flex_jax.models.checkpoint import check_tensors, local_path, open_tensors, read_json, tell_unread
+from flex_jax.files import local_path, write_json
+from flex_jax.models.checkpoint import check_tensors, open_tensors, read_json, tell_unread
 from flex_jax.models.config import LoraConfig, ModelConfig
 from flex_jax.models.families.family import DISK_NAMES
 from flex_jax.models.weight_map import WeightMapping
@@ -53,7 +53,7 @@ def has_adapter(config: ModelConfig, adapters: dict) -> bool:
 
 def adapter_files(path) -> list[Path]:
     """Returns the files of an adapter directory that `load_adapter` reads."""
-    return [file for name in (CONFIG, WEIGHTS) if (file := Path(path).expanduser() / name).is_file()]
+    return [file for name in (CONFIG, WEIGHTS) if (file := local_path(path) / name).is_file()]
 
 
 def save_adapter(path: Path, config: ModelConfig, adapters: dict, lora: LoraConfig, base: str) -> None:

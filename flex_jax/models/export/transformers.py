@@ -18,13 +18,14 @@ from flex_jax.models.families import FAMILIES
 from flex_jax.models.lora import lora_matrix
 from flex_jax.models.weight_map import WeightMapping
 from flex_jax.ops.quantised import dequantise
+from flex_jax.terminal import tell
 
 # modeling_flex.py has no slot without a gate. With this bias the sigmoid of a gate is 1 in float32.
 OPEN_BIAS = 40.0
 MODELING = Path(__file__).with_name("modeling_flex.py")  # the model's code for transformers; copied, not imported
 COPIED = (  # files of a checkpoint to copy, in addition to weights and config.json
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    "generation_config.json",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 
 
@@ -132,6 +133,19 @@ def save_transformers(path: Path, base: Path, model: Decoder, variables: dict) -
         extra = (pair for m in mappings for pair in m.disassemble(np.asarray(full[m.path].astype(dtype))))
         shutil.copy(MODELING, path)
     save_pretrained(path, config, merge_adapters(params, adapters, model.adapters), raw=raw, extra=extra)
-    patterns = COPIED if family.in_transformers else (*COPIED, "*.py")
+    copy_files(base, path, COPIED if family.in_transformers else (*COPIED, "*.py"))
+
+
+def copy_files(base: Path, path: Path, patterns: tuple[str, ...]) -> None:
+    """Copies files of a checkpoint directory, and tells of links out of it, which are not copied."""
     for file in sorted({file for pattern in patterns for file in base.glob(pattern)}):
-        shutil.copy(file, path)
+        if is_own_file(file, base):
+            shutil.copy(file, path)
+        else:
+            tell(f"{file}: not copied: it is no file of the checkpoint, but leads to {file.resolve()}")
+
+
+def is_own_file(file: Path, base: Path) -> bool:
+    """Whether a file is in a checkpoint directory, or a link into the blobs of a Hugging Face cache around it."""
+    target, directory = file.resolve(), base.resolve()
+    return target.is_file() and any(map(target.is_relative_to, (directory, directory.parent.parent / "blobs")))
