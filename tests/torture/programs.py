@@ -244,8 +244,10 @@ class Reference(NamedTuple):
             (workdir / name).unlink(missing_ok=True)
         return workdir
 
-    def check(self, workdir: Path, finished: Finished, states: dict[str, str] | None = None) -> None:
-        """Raises `Found` unless a command has ended with exactly the results and states of this run."""
+    def check(
+        self, workdir: Path, finished: Finished, states: dict[str, str] | None = None, *, leftovers: bool = False
+    ) -> None:
+        """Raises `Found` unless a command has ended with exactly the results and states, and the files, of this run."""
         check_no_traceback(finished)
         require(finished.status == 0, Outcome.LOST, f"status {finished.status}: {finished.err[-500:]}")
         for name, got, wanted in zip(("results", "metrics"), scores(workdir), scores(self.workdir), strict=True):
@@ -254,7 +256,7 @@ class Reference(NamedTuple):
         different = [key for key in wanted if states and states.get(key) != wanted[key]]
         require(not different, Outcome.WRONG, f"states differ: {different}")
         left = listing(workdir) ^ listing(self.workdir)
-        require(not left, Outcome.LOST, f"files left behind or missing: {sorted(left)[:6]}")
+        require(leftovers or not left, Outcome.LOST, f"files left behind or missing: {sorted(left)[:6]}")
 
     def resume(self, workdir: Path, folder: Path, name: str = "resumed") -> Outcome:
         """Runs the command in a work directory again, and judges what it makes."""
