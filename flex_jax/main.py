@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from flex_jax.command import Parser, run_command
 from flex_jax.config import OVERRIDABLE_SECTIONS, SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
 from flex_jax.errors import InputError
+from flex_jax.files import local_path
 from flex_jax.terminal import tell
 
 HPARAMS_HELP = """  --config.hparams.METHOD.NAME=VALUE
@@ -39,7 +40,9 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="Python file with a get_config()")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where results go; default runs/<name of FILE>")
+    parser.add_argument(
+        "--workdir", type=local_path, metavar="DIR", help="where results go; default runs/<name of FILE>"
+    )
     options, rest = parser.parse_known_args(arguments)
     config = load(options.config)
     override(config, rest)
