@@ -90,6 +90,9 @@ def load(path: str) -> ConfigDict:
 
 def override(config: ConfigDict, arguments: list[str]) -> None:
     """Sets the --config.KEY=VALUE arguments in the config. Raises InputError for anything else among them."""
+    for argument in arguments:
+        if re.match("--?(flagfile|undefok)", argument):  # flags of absl, which would bypass these checks
+            raise InputError(f"unexpected argument {argument!r:.80}: values are set with --config.KEY=VALUE")
     arguments = _last_tuples([argument for argument in arguments if not _set_hparam(config, argument)])
     for key in (match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, arguments) if match):
         entry = find_key(key)
