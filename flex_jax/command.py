@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from flex_jax.errors import FailedRuns, InputError
 from flex_jax.terminal import tell
 
+PENDING: list[int] = []  # the signal that has asked this process to end
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the signals that end a command in good order
 
 
@@ -34,6 +35,7 @@ def run_command(function: Callable[[list[str]], None], arguments: list[str], *, 
     the line `interrupted` 130 after Ctrl-C and 143 after SIGTERM or SIGHUP. A mistake inside the package keeps its
     traceback. After a signal the command finishes what it is writing; a second signal ends the process at once.
     """
+    PENDING.clear()
     former = _handle_signals()
     try:
         for argument in arguments:
@@ -61,6 +63,16 @@ def run_command(function: Callable[[list[str]], None], arguments: list[str], *, 
     return 0
 
 
+def raise_if_stopped() -> None:
+    """Raises what ends a command if a signal has asked for it.
+
+    The signal's handler does so at once, but Python drops an exception that it raises within a callback of the garbage
+    collector. So long loops ask again.
+    """
+    if PENDING:
+        raise KeyboardInterrupt if PENDING[0] == signal.SIGINT else Stopped(PENDING[0])
+
+
 def _describe(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
@@ -71,7 +83,8 @@ def _handle_signals() -> dict[signal.Signals, Any]:
     def stop(number, frame):
         for one in former:
             signal.signal(one, signal.SIG_DFL)
-        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+        PENDING.append(number)
+        raise_if_stopped()
 
     if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
         return {}

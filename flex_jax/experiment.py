@@ -19,6 +19,7 @@ from flex_jax.building import (
     prepare_method,
     resolve_method,
 )
+from flex_jax.command import raise_if_stopped
 from flex_jax.config import name_methods, validate
 from flex_jax.errors import Diverged, FailedRuns, InputError
 from flex_jax.federated.cohort import read_availability
@@ -107,6 +108,7 @@ def run_all(
     for method in methods:
         jax.clear_caches()  # drops the programs of the last method: a process can hold only so many
         for seed, federation in federations.items():
+            raise_if_stopped()
             if (method.name, seed) in finished:
                 continue
             try:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flex_jax.building import Backbone, Federation, PreparedMethod, start_run
+from flex_jax.command import raise_if_stopped
 from flex_jax.data.batches import ClientDataset, calibration_batches, interleave, round_batches
 from flex_jax.divergence import check_round, check_scores, left_out_line, put_back
 from flex_jax.evaluation.evaluate import HeldOut, evaluate
@@ -169,6 +170,7 @@ def train(run: Run, metrics: MetricsLog, checkpoints: Checkpoints) -> tuple[Roun
         range(first, config.rounds), initial=first, total=config.rounds, desc=f"{run.prepared.name} seed {run.seed}"
     )
     for number in progress:
+        raise_if_stopped()
         cohort, num_tokens = np.asarray(inputs.cohort), inputs.batches.tokens.size
         started = time.perf_counter()
         state, measured = run.prepared.round_fn(inputs)

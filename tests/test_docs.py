@@ -67,7 +67,7 @@ BAD_FILES = {
     "updates to nothing": (
         CONTRACT + "def mine():\n    return Method(ownership=ALL, server=ServerRule(update=lambda s, c: None))\n",
         ":mine",
-        "mine.py: TypeError: server.update: the state has nothing at shared/layers/attention/k_proj/lora_a: must be float",
+        "mine.py: TypeError: server.update: the state has nothing at shared/layers/attention/k_proj/lora_a",
     ),
     "has a client state that is no dict": (
         CONTRACT + "def mine():\n    return Method(ownership=ALL, client=ClientRule(init_extra=lambda s, i: i))\n",

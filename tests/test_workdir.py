@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 
 from flex_jax import experiment, generate, training
+from flex_jax.command import raise_if_stopped, run_command
 from flex_jax.data.sources import load_records
 from flex_jax.federated import client_store
 from flex_jax.locks import lock_workdir
@@ -252,6 +253,23 @@ def test_a_signal_ends_a_run_in_good_order(name, folder, finished, monkeypatch, 
     assert main(both(folder)) == 0
     assert without_times(read(folder / "run")) == without_times(finished[0])
     assert len(read_lines(folder / "run/metrics.jsonl")) == 2 * 2 * 5
+
+
+def test_a_signal_within_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch, capsys):
+    """Python drops an exception that a handler raises there, as JAX has such a callback."""
+
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def work(arguments):
+        monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+        Dropped()
+        raise_if_stopped()
+        raise AssertionError("it must have stopped")
+
+    assert run_command(work, [], interrupted="resume") == 143
+    assert capsys.readouterr().err == "flex_jax: stopped by SIGTERM: resume\n"
 
 
 def make_directory(file):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from flex_jax.command import raise_if_stopped
 from flex_jax.federated.client import ClientModels
 from flex_jax.models.decoder import Decoder, head_weights, init_cache
 
@@ -126,6 +127,7 @@ def generate_tokens(
     answers = [[] for _ in prompts]
     starts = range(0, tokens.shape[1], batch_size)
     for start in tqdm(starts, desc="generation", unit="batch", leave=False, disable=None):
+        raise_if_stopped()
         examples = np.arange(start, start + batch_size)
         batch = tokens[:, examples], lengths[:, examples]
         drawn = sampling and sampling._replace(keys=sampling.keys[:, np.minimum(examples, sampling.keys.shape[1] - 1)])

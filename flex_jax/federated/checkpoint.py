@@ -143,6 +143,9 @@ class Checkpoints:
 
     def _label(self, round: int) -> Label:
         """Reads what was saved with a round. Raises Damaged, or InputError if it is of another run."""
+        files = (self._directory / "server" / str(round)).rglob("*")
+        if any(not (file.is_file() or file.is_dir()) for file in files):  # reading a pipe would wait for its writer
+            raise self._damaged(round, "it has something that is no file")
         try:
             content = dict(self._manager.metadata(round).custom_metadata)
             checksum = content.pop("sha256")
@@ -160,9 +163,6 @@ class Checkpoints:
         return Label(newest, Totals(content["totals"]), content["arrays"])
 
     def _state(self, round: int, label: Label, like: RoundState) -> RoundState:
-        files = (self._directory / "server" / str(round)).rglob("*")
-        if any(not (file.is_file() or file.is_dir()) for file in files):  # reading a pipe would wait for its writer
-            raise self._damaged(round, "it has something that is no file")
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(like))
         try:
             stored = self._manager.restore(round, args=ocp.args.StandardRestore(target))
