@@ -58,6 +58,7 @@ def run_command(function: Callable[[list[str]], None], arguments: list[str], *, 
         tell(f"stopped by {stop.signal.name}: {interrupted}")
         return 143
     finally:
+        PENDING.clear()
         for number, handler in former.items():
             signal.signal(number, handler)
     return 0
