@@ -1,5 +1,6 @@
 """Flipped bits and exchanged files: told and mended by the round before, or refused by name, at whatever reads next."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -94,7 +95,7 @@ def read(reference: Reference, program: str, damage: Damage, client: int, folder
     check_no_traceback(finished)
     sound = sound_models(program, reference, client)
     require(states in sound, Outcome.WRONG, f"client {client} is of no round: {finished.err[-200:]}")
-    told = "takes the place" in finished.err or "damaged" in finished.err
+    told = re.search(r"takes the place|after round \d of", finished.err + finished.out)
     require(states == sound[-1] or told, Outcome.WRONG, f"client {client} is of an older round, without a word")
     return Outcome.SURVIVED
 
