@@ -107,12 +107,12 @@ def older(reference: Reference, client: int) -> list[Path]:
 
 def damages(lab: Lab, reference: Reference, client: int, other_seed: Path) -> Iterator[tuple[str, Damage]]:
     random = lab.random("flips")
-    for number in range(lab.count(50, 2)):
+    for number in range(lab.count(50, 1)):
         yield (
             f"bit {number} of a client",
             partial(flip, "clients", random.random(), random.random(), random.randrange(8)),
         )
-    for number in range(lab.count(50, 2)):
+    for number in range(lab.count(50, 1)):
         spot = random.random(), random.random(), random.randrange(8)
         yield f"bit {number} of the server's arrays", partial(flip, "**/d/*", *spot)
     if lab.quick:

@@ -193,7 +193,7 @@ def untrusted(lab: Lab, program: str, folder: Path) -> Outcome:
 def cases(lab: Lab) -> Iterator[Case]:
     random = lab.random("workdirs")
     points = [(pattern, damage) for pattern in FILES for damage in DAMAGES]
-    for pattern, damage in random.sample(points, lab.count(100, 8)):
+    for pattern, damage in random.sample(points, lab.count(100, 4)):
         name = random.choice(list(lab.references))
         program = random.choice(("train", "train", "generate", "export"))
         run = partial(damaged, lab.references[name], pattern, random.random(), damage, program)
