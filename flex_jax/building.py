@@ -156,6 +156,8 @@ def build_federation(config: ConfigDict, backbone: Backbone, source: Data, seed:
     )
     batches = evaluation_batches(test, evaluation.batch_size)
     notes = partition_notes(source.train, clients, source.test)
+    if kind not in ("iid", "column") and len({record["category"] for record in source.train}) == 1:
+        notes.append(f"all records have one category: data.partition={kind} divides it without regard to content")
     for kind, datasets in (("training", train), ("test", test)):
         full_lengths = np.concatenate([client.full_lengths for client in datasets])
         if cut := np.count_nonzero(full_lengths > length):
@@ -194,6 +196,9 @@ def check_method_names(config: ConfigDict) -> None:
                 raise InputError(f"{key} names no method of this run: the nearest is {nearest}")
             if section == "hparams" and (factory := METHODS.get(bases.get(name, name))):
                 check_hparams(factory, config.hparams[name].to_dict(), key)
+    for name in (name for name in config.methods if bases.get(name, name) != name):
+        if own := [f"config.{section}.{bases[name]}" for section in OPEN_SECTIONS if bases[name] in config[section]]:
+            tell(f"{name} is a variant of {bases[name]}, but {' and '.join(own)} are not for it")
     if unused:
         tell(f"not used, as config.methods does not name them: config.{', '.join(unused)}")
 

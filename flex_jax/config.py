@@ -277,6 +277,10 @@ def _validate_together(config: ConfigDict, where: str) -> None:
         )
     if config.data.partition == "column" and not config.data.column.strip():
         raise InputError("config.data.column is empty: must name a column if config.data.partition is 'column'")
+    if config.data.partition != "column" and config.data.column.strip():
+        raise InputError(
+            f"config.data.column is {config.data.column!r}: must be empty if config.data.partition is not 'column'"
+        )
     first, final = config.optimizer.learning_rate, config.optimizer.final_learning_rate
     if final > first:
         raise InputError(

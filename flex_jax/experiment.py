@@ -29,7 +29,7 @@ from flex_jax.memory import check_plan
 from flex_jax.methods import user_frame
 from flex_jax.metrics_log import missing_rounds, read_metrics
 from flex_jax.reporting.page import write_report
-from flex_jax.reporting.tables import diverged_methods, plan_table, summary_table
+from flex_jax.reporting.tables import plan_table, summary_table
 from flex_jax.results import Failure, Results, read_results, summarise, write_results
 from flex_jax.terminal import tell
 from flex_jax.training import run_one
@@ -75,9 +75,8 @@ def run(config: ConfigDict, workdir: Path) -> Results:
             tell(f"data: {line}")
         print(plan_table([plan_row(method) for method in methods]), flush=True)
         run_all(methods, backbone, federations, held, results)
-        if results["runs"] or diverged_methods(results):
-            notes = [comparison_note(config, methods), *([config.note] if config.note else [])]
-            report(config, held, results, notes, data.summary)
+        notes = [comparison_note(config, methods), *([config.note] if config.note else [])]
+        report(config, held, results, notes, data.summary)
     if failures := results["failures"]:
         first = f"{failures[0]['method']} seed {failures[0]['seed']}: {failures[0]['error']}"
         runs = len(config.methods) * len(config.seeds)
@@ -100,11 +99,11 @@ def run_all(
     methods: list[PreparedMethod], backbone: Backbone, federations: dict[int, Federation], workdir: Workdir, results
 ) -> None:
     """Runs what is not finished yet, and puts it into `results` and results.json."""
-    finished = {(entry["method"], entry["seed"]) for entry in results["runs"]}
+    results["failures"], finished = [], {(entry["method"], entry["seed"]) for entry in results["runs"]}
     if finished >= {(method.name, seed) for method in methods for seed in federations}:
         tell(f"all {len(finished)} runs in {workdir.path} are finished: nothing was run")
         return
-    results["failures"], unwritten = [], None
+    unwritten = None
     for method in methods:
         jax.clear_caches()  # drops the programs of the last method: a process can hold only so many
         for seed, federation in federations.items():

@@ -29,7 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         usage="python -m flex_jax.export --workdir RUN --client NAME|#N|shared --format FORMAT --out DIR",
         allow_abbrev=False,
     )
-    parser.add_argument("--workdir", type=Path, required=True, metavar="RUN", help="work directory of the run")
+    parser.add_argument("--workdir", type=local_path, required=True, metavar="RUN", help="work directory of the run")
     parser.add_argument("--client", required=True, metavar="NAME", help="a client, or shared: nothing personal")
     parser.add_argument("--trust", type=Path, metavar="FILE", help="the file of the run's own method, to run it")
     parser.add_argument("--method", help="default: the run's first")
@@ -137,7 +137,8 @@ def export(arguments: list[str]) -> None:
                 raise user_error(run.config.method, error) from error
         write_text(directory / "README.md", f"{label} of {run.name}, round {int(run.state.round)}, from flex_jax.\n")
     how = how_to_load(options.format, options.out, family, slot=slot)
-    print(f"wrote {options.out} ({options.format}, {run.name}, client {label}): load it with {how}")
+    stage = f"{run.name} after round {int(run.state.round)} of {run.config.rounds}"
+    print(f"wrote {options.out} ({options.format}, {stage}, client {label}): load it with {how}")
 
 
 def main(arguments: list[str]) -> int:

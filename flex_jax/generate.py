@@ -20,6 +20,7 @@ from typing import Any
 from flex_jax.checks import COUNT
 from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
+from flex_jax.files import local_path
 from flex_jax.terminal import tell, visible
 
 
@@ -47,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     temperature = number(float, "a finite number of at least 0", lambda value: 0 <= value < math.inf)
     top_p = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, metavar="RUN", help="work directory of the run")
+    add("--workdir", type=local_path, required=True, metavar="RUN", help="work directory of the run")
     client_help = "who answers: a client, or the aggregated model;\nwith --prompts, for lines that name no client"
     add("--client", metavar="NAME|#N|shared", help=client_help)
     add("--trust", type=Path, metavar="FILE", help="the file of the run's own method, to run it")
@@ -72,6 +73,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise InputError("--prompt needs --client: a client's name, or shared")
     if options.prompts is not None and options.context:
         raise InputError("--context goes with --prompt; a line of --prompts has its own")
+    if options.top_p != 1 and not options.temperature:
+        raise InputError("--top-p goes with --temperature: without it the likeliest token is taken")
     if (options.prompts is None) != (options.out is None):
         raise InputError("--prompts and --out go together")
     if options.prompts is not None:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from flex_jax.command import Parser, run_command
 from flex_jax.config import OVERRIDABLE_SECTIONS, SCHEMA, find_key, name_methods, nearest_key, validate, validate_keys
 from flex_jax.errors import InputError
+from flex_jax.files import local_path
 from flex_jax.terminal import tell
 
 HPARAMS_HELP = """  --config.hparams.METHOD.NAME=VALUE
@@ -39,7 +40,9 @@ def parse(arguments: list[str]) -> tuple[ConfigDict, Path]:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="Python file with a get_config()")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where results go; default runs/<name of FILE>")
+    parser.add_argument(
+        "--workdir", type=local_path, metavar="DIR", help="where results go; default runs/<name of FILE>"
+    )
     options, rest = parser.parse_known_args(arguments)
     config = load(options.config)
     override(config, rest)
@@ -87,6 +90,9 @@ def load(path: str) -> ConfigDict:
 
 def override(config: ConfigDict, arguments: list[str]) -> None:
     """Sets the --config.KEY=VALUE arguments in the config. Raises InputError for anything else among them."""
+    for argument in arguments:
+        if re.match("--?(flagfile|undefok)", argument):  # flags of absl, which would bypass these checks
+            raise InputError(f"unexpected argument {argument!r:.80}: values are set with --config.KEY=VALUE")
     arguments = _last_tuples([argument for argument in arguments if not _set_hparam(config, argument)])
     for key in (match[1] for match in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, arguments) if match):
         entry = find_key(key)

@@ -94,7 +94,9 @@ def _complete_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
 def _is_metrics_line(record: Any) -> bool:
     if not isinstance(record, dict) or not HEAD.keys() <= record.keys():
         return False
-    heads = all(type(record[key]) in types for key, types in HEAD.items())
+    heads = all(type(record[key]) in types for key, types in HEAD.items()) and 0 <= record["round"] < 2**31
     return heads and all(
-        type(value) in (int, float, bool, type(None)) for key, value in record.items() if key not in HEAD
+        value is None or (type(value) in (int, float, bool) and abs(value) < 1e300)
+        for key, value in record.items()
+        if key not in HEAD
     )

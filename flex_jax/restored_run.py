@@ -1,5 +1,7 @@
 """A run read back from its work directory, to generate with or to export."""
 
+import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from flex_jax.federated.checkpoint import Checkpoints
 from flex_jax.federated.client import ClientModels
 from flex_jax.federated.method import MethodSpec
 from flex_jax.federated.state import NO_CLIENTS, Frozen, RoundState
+from flex_jax.terminal import tell
 from flex_jax.workdir import (
     check_inputs,
     method_inputs,
@@ -95,6 +98,8 @@ def open_run(
         untrained = [client for client in ids if not checkpoints.clients.newest[client]]
     if untrained and spec.method.grafts != "none":
         raise InputError(f"client {untrained[0]}: {name} has not trained it yet, so its grafted experts are not stored")
+    if untrained:
+        tell(f"{name} has not trained {listing(map(str, untrained))} yet, by index: their personal parts are the first")
     return RestoredRun(name, resolved.config, backbone, spec, first.frozen, state, ids)
 
 
@@ -112,10 +117,15 @@ def client_label(client: int | None, names: list[str]) -> str:
     return SHARED if client is None else f"{names[client]} (#{client})"
 
 
+def _numbers(name: str) -> list[str]:
+    return re.findall(r"\d+", unicodedata.normalize("NFKC", name))
+
+
 def parse_client(text: str, names: list[str]) -> int | None:
     """Returns the id of the client that `text` means, or None for "shared".
 
-    It is a name, "#2", or 2 if no name is a number. Raises InputError for anything else.
+    It is a name, "#2", or 2 if no name has a number, or the name with index 2 has that one, such as client_2. Raises
+    InputError for anything else.
     """
     if text == SHARED:
         return None
@@ -123,7 +133,7 @@ def parse_client(text: str, names: list[str]) -> int | None:
         return names.index(text)
     index = text.removeprefix("#")
     is_index = index in map(str, range(len(names)))
-    if is_index and (text != index or not any(name.isdecimal() for name in names)):
+    if is_index and (text != index or _numbers(names[int(index)]) == [index] or not any(map(_numbers, names))):
         return int(index)
     choices = listing(client_label(client, names) for client in range(len(names)))
     hint = f"; #{index} is the client with that index" if is_index else ""

@@ -11,6 +11,7 @@ import numpy as np
 from flex_jax.checks import misfit
 from flex_jax.errors import InputError
 from flex_jax.files import read_text, to_plain, write_json
+from flex_jax.fingerprint import digest_json
 
 
 class Example(TypedDict):
@@ -109,6 +110,7 @@ class Results(TypedDict):
     runs: list[RunEntry]
     summary: list[SummaryRow]
     failures: list[Failure]
+    sha256: NotRequired[str]  # of the runs as they stand in the file
     versions: dict[str, str]
     device: str
 
@@ -121,6 +123,8 @@ def read_results(workdir: Path | str) -> Results | None:
     try:
         content: Any = json.loads(read_text(file))
         wrong = misfit(content, Results, "the file")
+        if not wrong and content.get("sha256") != digest_json(content["runs"]):
+            wrong = "its runs do not have their checksum"
     except (OSError, ValueError, RecursionError) as error:
         wrong = f"it cannot be read, {type(error).__name__}"
     if wrong:
@@ -132,8 +136,8 @@ def read_results(workdir: Path | str) -> Results | None:
 
 
 def write_results(workdir: Path | str, results: Results) -> None:
-    """Writes results.json atomically."""
-    write_json(Path(workdir) / "results.json", results)
+    """Writes results.json atomically, with a checksum of its runs."""
+    write_json(Path(workdir) / "results.json", results | {"sha256": digest_json(to_plain(results["runs"]))})
 
 
 def average_scores(clients: Sequence[ClientScores]) -> dict[str, float]:

@@ -231,6 +231,10 @@ def run_one(
     directory = workdir.path / "checkpoints" / run.name
     with Checkpoints(directory, first.init_clients, config.clients, run.identity) as checkpoints:
         state, totals, compile_seconds = train(run, workdir.metrics, checkpoints)
+        if untrained := int((checkpoints.clients.newest == 0).sum()):
+            tell(
+                f"{run.name}: {untrained} of {config.clients} clients were in no cohort: they are scored as they began"
+            )
         started = time.perf_counter()
         scores = score(run, state, checkpoints)
         check_scores(run.client_names, scores)

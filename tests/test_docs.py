@@ -67,12 +67,32 @@ BAD_FILES = {
     "updates to nothing": (
         CONTRACT + "def mine():\n    return Method(ownership=ALL, server=ServerRule(update=lambda s, c: None))\n",
         ":mine",
-        "mine.py: TypeError: server.update must return a ServerState with the leaves that it got, not None",
+        "mine.py: TypeError: server.update: the state has nothing at shared/layers/attention/k_proj/lora_a: must be float",
     ),
     "has a client state that is no dict": (
         CONTRACT + "def mine():\n    return Method(ownership=ALL, client=ClientRule(init_extra=lambda s, i: i))\n",
         ":mine",
         "mine.py: TypeError: client.init_extra must return a dict, not ",
+    ),
+    "uploads another shape": (
+        CONTRACT
+        + "from flex_jax.federated.method import make_result as default\nimport jax\n"
+        + "def make_result(context, trained):\n"
+        + "    result = default(context, trained)\n"
+        + "    delta = jax.tree.map(lambda leaf: leaf[:1], result.upload.delta)\n"
+        + "    return result._replace(upload=result.upload._replace(delta=delta))\n"
+        + "def mine():\n    return Method(ownership=ALL, client=ClientRule(make_result=make_result))\n",
+        ":mine",
+        r"client.make_result: the delta has float32\[1, .* at layers/attention/.*: must be float32\[3, ",
+    ),
+    "stores another type": (
+        CONTRACT
+        + "from flex_jax.federated.method import make_result as default\n"
+        + "def make_result(context, trained):\n"
+        + "    return default(context, trained)._replace(extra={'n': context.round})\n"
+        + "def mine():\n    return Method(ownership=ALL, client=ClientRule(make_result=make_result))\n",
+        ":mine",
+        r"client.make_result: the extra state has int32\[\] at n: must be nothing",
     ),
     "returns no method": ("def mine():\n    return 1\n", ":mine", "must return a Method, not int"),
     "breaks as it is made": ("def mine(x=0):\n    return 1 / x\n", ":mine", "mine.py, line 2: ZeroDivisionError"),

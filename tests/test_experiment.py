@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flex_jax import building, methods, training
+from flex_jax import building, training
 from flex_jax.federated.federated_round import CompiledRound, make_round
 from flex_jax.main import main
 from tests.program import (
@@ -198,7 +198,6 @@ def test_a_method_that_breaks_does_not_lose_the_others(checkpoint, tmp_path, cap
     file.write_text(BREAKS.replace("LEAST", "1"))  # breaks when it is planned: nothing has begun
     command = arguments(checkpoint, run, f"--config.methods=('fedavg','{file}:breaks','local')", "--config.rounds=1")
     assert_refused(main, command, "mine.py, line 5: ValueError: no such leaf", capsys, run)
-    forget_methods()
     file.write_text(BREAKS.replace("LEAST", "2"))  # breaks when its round is traced
     assert main(command) == 1
     printed = capsys.readouterr()
@@ -208,7 +207,6 @@ def test_a_method_that_breaks_does_not_lose_the_others(checkpoint, tmp_path, cap
     assert [done["method"] for done in results["runs"]] == ["fedavg", "local"]
     assert [failed["method"] for failed in results["failures"]] == ["breaks"]
     assert "mine.py" in (run / "failures/breaks-seed0.txt").read_text() and (run / "report.html").exists()
-    forget_methods()
     file.write_text("from flex_jax.methods import METHODS\nbreaks = METHODS['fedavg']\n")
     assert main(command) == 0
     assert [done["method"] for done in read(run)["runs"]] == ["fedavg", "local", "breaks"] and not read(run)["failures"]
@@ -311,12 +309,6 @@ def test_methods_that_diverge_come_last(diverged):
         [name, "0", "diverged", "diverged"] for name in ("three_of_four", "server_alone")
     ]
     assert (run / "report.html").read_text().count("diverged</td>") == 4
-
-
-def forget_methods():
-    """A new process would read the file again."""
-    methods.find_factory.cache_clear()
-    methods._make.cache_clear()
 
 
 def test_variants_of_a_method_differ_from_it(finished, checkpoint, tmp_path):

@@ -275,6 +275,7 @@ BAD_FLAGS = {
     "both": (ONE + FILES, "either --prompt or --prompts"),
     "no client": (ONE[2:], "--prompt needs --client"),
     "no client for a line": (FILES, "questions.jsonl:1: names no client"),
+    "top-p alone": (("--top-p", "0.5", *ONE), "--top-p goes with --temperature"),
     "an unknown client": (("--client", "4", *ONE[2:]), "must be shared or one of finance .#0., legal .#1."),
     "a negative client": (("--client=-1", *ONE[2:]), "client '-1'"),
     "an empty client": (("--client", "", *ONE[2:]), "client ''"),

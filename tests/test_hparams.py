@@ -144,7 +144,7 @@ def test_a_method_of_ones_own_runs_with_its_hyperparameter(mine, checkpoint, tmp
     for hparams in ((), ("--config.hparams.scaled.eta=2",)):
         workdir = tmp_path / str(len(moved))
         assert main(arguments(checkpoint, workdir, *SHORT, f"--config.method={mine}:scaled", *hparams)) == 0
-        moved.append(open_run(workdir).state.server.shared["layers"]["attention"]["q_proj"]["lora_b"])
+        moved.append(open_run(workdir, trust=mine).state.server.shared["layers"]["attention"]["q_proj"]["lora_b"])
     assert np.abs(moved[0]).max() > 0
     np.testing.assert_allclose(moved[1], 2 * moved[0], rtol=1e-6)  # it starts from zero
 

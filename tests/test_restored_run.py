@@ -109,6 +109,7 @@ DEPARTMENTS = ["finance", "legal", "shipping", "support"]
         ("#1", ["1", "2", "3"], 1),
         ("10", ["2", "10"], 1),
         ("2024", ["2023", "2024"], 1),
+        ("1", ["client_0", "client_1"], 1),
     ],
 )
 def test_a_name_wins_over_an_index(text, names, client):
@@ -119,6 +120,9 @@ def test_a_name_wins_over_an_index(text, names, client):
     ("text", "names", "words"),
     [
         ("0", ["1", "2", "3"], r"one of 1 \(#0\), 2 \(#1\), 3 \(#2\); #0 is the client with that index"),
+        ("1", ["math_1", "math_2"], "#1 is the client with that index"),
+        ("1", ["1.0", "2.0"], "#1 is the client with that index"),
+        ("0", ["²", "³"], "#0 is the client with that index"),
         ("4", DEPARTMENTS, r"client '4': must be shared or one of finance \(#0\)"),
         ("#4", DEPARTMENTS, "must be shared or one of"),
         ("01", DEPARTMENTS, "must be shared or one of"),
@@ -190,7 +194,7 @@ def test_a_broken_config_of_the_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("config.json", {"clients": 3}, r"flex-seed0: of another run \(different: clients\)"),
+        ("config.json", {"clients": 3}, "clients.json: not a list of 3 names"),
         ("config.json", {"methods": []}, "config.methods is"),
         ("config.json", {"methods": ["flox"]}, "flox-seed0: no checkpoint of this method"),
         ("config.json", {"rank": 3}, "not the config of a run of this version"),

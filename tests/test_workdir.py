@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from flex_jax import experiment, generate, methods, training
+from flex_jax import experiment, generate, training
 from flex_jax.data.sources import load_records
 from flex_jax.federated import client_store
 from flex_jax.locks import lock_workdir
@@ -61,7 +61,6 @@ def finished(stopped):
     """What the same command makes of a copy."""
     run, copy = stopped / "run", stopped / "copy"
     shutil.copytree(run, copy)
-    forget_methods()
     assert main(both(stopped)) == 0
     results, whole = read(run), read_lines(run / "metrics.jsonl")
     shutil.move(run, stopped / "finished")
@@ -78,18 +77,11 @@ def folder(stopped, finished):
     for name in names:
         copy = shutil.copytree if (stopped / name).is_dir() else shutil.copy
         copy(stopped / name, saved / name)
-    forget_methods()
     yield stopped
     for name in names:
         shutil.rmtree(stopped / name) if (stopped / name).is_dir() else (stopped / name).unlink(missing_ok=True)
         shutil.move(saved / name, stopped / name)
     saved.rmdir()
-
-
-def forget_methods():
-    """A new process would read the file again."""
-    methods.find_factory.cache_clear()
-    methods._make.cache_clear()
 
 
 def finish(folder):

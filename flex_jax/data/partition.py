@@ -109,7 +109,7 @@ def partition(
         )
     _check_not_empty(clients, settings, test is not None)
     for name in (client.name for client in clients):
-        if name == SHARED or re.fullmatch(r"#\d+", name):
+        if name.strip().lower() == SHARED or re.fullmatch(r"\s*#\d+\s*", name):
             raise InputError(
                 f"a client is called {name!r}: rename it, because commands give {SHARED} and #0 another meaning"
             )
@@ -186,6 +186,8 @@ def _by_column(records: list[Record], column: str, num_clients: int, names: Sequ
         if not is_name(value):
             raise InputError(f"data.column={column!r}: the name of a client {NAME}, not {value!r:.60}")
     _check_distinct(f"data.column={column!r}", list(dict.fromkeys((*names, *values))))
+    if padded := [value for value in values if value != value.strip()]:
+        raise InputError(f"data.column={column!r}: the name of a client has blanks at its ends: {padded[0]!r:.60}")
     if names:
         if strangers := [value for value in values if value not in names]:
             raise InputError(

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -123,7 +124,9 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 def _parse(text: str, file: Path, first_line: int, *, or_lines: bool = False) -> Any:
     """Returns the value of a JSON text. With `or_lines`, returns None if it is JSON Lines."""
     try:
-        return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant)
+        return json.loads(
+            text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_object
+        )
     except json.JSONDecodeError as error:
         if or_lines and error.msg == "Extra data" and text.lstrip().startswith("{"):
             return None
@@ -134,9 +137,22 @@ def _parse(text: str, file: Path, first_line: int, *, or_lines: bool = False) ->
             text.find(literal),
             f"broken JSON (the number {literal:.20}, of {len(literal)} characters, is too large)",
         )
+    except _Twice as error:
+        place, reason = text.find(json.dumps(error.args[0])), f"the key {error.args[0]!r:.60} is there twice"
     except RecursionError:
         place, reason = _deepest(text), "broken JSON (lists or objects are nested too deeply)"
     raise InputError(f"{file}:{first_line + text.count(chr(10), 0, place)}: {reason}")
+
+
+class _Twice(ValueError):
+    """An object that has a key twice. Its argument is the key."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
 
 
 def _integer(literal: str) -> int:

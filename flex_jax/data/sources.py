@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from flex_jax import tiny
 from flex_jax.data.columns import (
+    ROLES,
     Columns,
     Record,
     choose_columns,
@@ -21,7 +22,7 @@ from flex_jax.data.columns import (
     listing,
     make_record,
 )
-from flex_jax.data.readers import CONTROL, SUFFIXES, Row, check_rows, file_rows, numbered, one_line
+from flex_jax.data.readers import CONTROL, Row, check_rows, file_rows, numbered, one_line
 from flex_jax.errors import InputError
 from flex_jax.files import local_path
 
@@ -69,6 +70,8 @@ def load_data(
     splits, unread = _read(str(path), wanted)
     rows = [row for name in wanted for row in splits[name]]
     columns = choose_columns(fields, rows)
+    if column in ROLES and getattr(columns, column) != column:
+        raise InputError(f"data.column={column}: has the name of a part of the prompt: rename the column in the data")
     kept = {name: [row for row in splits[name] if not skip_empty or has_texts(row[1], columns)] for name in wanted}
     for name in wanted:
         if not kept[name]:
@@ -166,8 +169,8 @@ def _directory_rows(directory: Path, wanted: list[str]) -> tuple[dict[str, list[
     rows = {split: [row for file in splits[split] for row in file_rows(Path(file))] for split in wanted}
     read = {file for split in wanted for file in splits[split]}
     names = (file.relative_to(directory.resolve()) for file in directory.resolve().rglob("*") if str(file) not in read)
-    data = (name for name in names if name.name.endswith(SUFFIXES) and not any(p.startswith(".") for p in name.parts))
-    return rows, sorted(map(str, data))
+    shown = (name for name in names if name.suffix != ".md" and not any(part.startswith(".") for part in name.parts))
+    return rows, sorted(str(name) for name in shown if (directory / name).is_file())
 
 
 def _saved_rows(directory: Path, wanted: list[str]) -> dict[str, list[Row]]:

@@ -9,14 +9,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flex_jax.data.columns import listing
 from flex_jax.data.prompts import TEMPLATE, encode_text, prompt_text
 from flex_jax.data.readers import file_rows, text_column
 from flex_jax.errors import InputError
 from flex_jax.evaluation.generation import GenerationSettings, Sampling, generate_tokens
 from flex_jax.federated.client import ClientModels
+from flex_jax.terminal import tell
 
 OPENING = TEMPLATE[: TEMPLATE.index("### Instruction:")]  # stands in the first turn of a conversation only
 
+USED = {"prompt", "turns", "context", "client", "question_id"}  # keys of a line of questions
 Conversation = list[list[int]]  # token ids by turn
 
 
@@ -35,7 +38,11 @@ def read_questions(file: Path) -> list[Question]:
     A line has either `prompt`, or `turns` as FastChat's questions do. It may have `context` (of the first turn),
     `client` and `question_id` (by default the number of the line). Raises InputError for a wrong line.
     """
-    return [_question(number, place, row) for number, (place, row) in enumerate(file_rows(file), 1)]
+    rows = file_rows(file)
+    questions = [_question(number, place, row) for number, (place, row) in enumerate(rows, 1)]
+    if unused := sorted({str(key) for _, row in rows for key in row} - USED):
+        tell(f"{file}: not used: {listing(unused)}")
+    return questions
 
 
 def _question(number: int, place: str, row: dict) -> Question:

@@ -99,12 +99,12 @@ class Checkpoints:
         restored = self._newest_sound(like, self.clients.check)
         last = int(restored[0].round) if restored else 0
         with removing(self._directory, wait=True):
-            for round in self._manager.all_steps():
+            for round in sorted(self._manager.all_steps(), reverse=True):
                 try:
                     label = self._label(round)
                 except Damaged:
                     label = None
-                if label and round <= last:
+                if label and round <= last and len(self._tables) < 2:
                     self._tables[round] = label.newest
                 else:
                     self._manager.delete(round)
@@ -148,8 +148,8 @@ class Checkpoints:
             checksum = content.pop("sha256")
         except Exception as error:  # orbax and its readers raise many types for damaged files
             raise self._damaged(round, f"its label cannot be read, {type(error).__name__}") from error
-        if checksum != digest_json(content):
-            raise self._damaged(round, "its label does not have its checksum")
+        if checksum != digest_json(content) or content.get("round") != round:
+            raise self._damaged(round, "its label does not have its checksum, or is of another round")
         if different := sorted(key for key, value in self._identity.items() if content["identity"].get(key) != value):
             raise InputError(
                 f"{self._directory}: of another run (different: {', '.join(different)}); without it the same command "
@@ -180,6 +180,7 @@ class Checkpoints:
         newest = self.clients.write(client_states, round)
         label: dict[str, Any] = {
             "identity": self._identity,
+            "round": round,
             "newest": {str(client): int(newest[client]) for client in np.flatnonzero(newest)},
             "totals": dict(totals),
             "arrays": digest_arrays(named_leaves(arrays)),

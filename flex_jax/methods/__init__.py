@@ -44,9 +44,11 @@ METHODS: dict[str, MethodFactory] = {
 }
 
 
-@cache  # a file is run once
 def find_factory(name: str) -> MethodFactory:
-    """Returns the factory of that name, or the function `attribute` of a file for "path/to/file.py:attribute"."""
+    """Returns the factory of that name, or the function `attribute` of a file for "path/to/file.py:attribute".
+
+    A file is run once, and again when its content has changed.
+    """
     if name in METHODS:
         return METHODS[name]
     path, colon, attribute = name.rpartition(":")
@@ -54,6 +56,12 @@ def find_factory(name: str) -> MethodFactory:
         raise InputError(f"method {name!r} is unknown: must be path/to/file.py:name or one of {', '.join(METHODS)}")
     if not Path(path).is_file():
         raise InputError(f"method {name!r}: {path} is no file")
+    return _run_file(name, str(Path(path).resolve()), Path(path).read_bytes())
+
+
+@cache
+def _run_file(name: str, resolved: str, content: bytes) -> MethodFactory:
+    path, _, attribute = name.rpartition(":")
     try:
         factory = runpy.run_path(path).get(attribute)
     except (Exception, SystemExit) as error:  # the file is the user's program, which may raise anything
@@ -72,15 +80,15 @@ def make_method(name: str, hparams: Mapping[str, Any] | None = None, place: str 
     hparams = hparams or {}
     check_hparams(find_factory(name), hparams, place)
     try:
-        return _make(name, tuple(sorted(hparams.items())))
+        return _make(name, find_factory(name), tuple(sorted(hparams.items())))
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
 
 
 @cache
-def _make(name: str, hparams: tuple[tuple[str, Any], ...]) -> Method:
+def _make(name: str, factory: MethodFactory, hparams: tuple[tuple[str, Any], ...]) -> Method:
     try:
-        method = find_factory(name)(**dict(hparams))
+        method = factory(**dict(hparams))
     except Exception as error:  # the factory may be the user's program, which may raise anything
         if isinstance(error, InputError) or name in METHODS:
             raise

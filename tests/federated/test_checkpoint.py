@@ -189,7 +189,12 @@ def without_arrays(directory):
     shutil.rmtree(directory / "server/2/default")
 
 
+def renamed(directory):
+    (directory / "server/2").rename(directory / "server/9")
+
+
 DAMAGES = [
+    renamed,
     flip_in("server/2/default/d/*"),
     flip_in("server/2/default/manifest.ocdbt"),
     flip_in("server/2/_CHECKPOINT_METADATA"),

@@ -171,3 +171,13 @@ def test_every_hyperparameter_has_a_check_and_a_default_that_passes(name):
     assert all(isinstance(check, Check) for check in checks)
     check_hparams(factory, {key: parameter.default for key, parameter in parameters.items()}, "hparams")
     assert make_method(name).ownership
+
+
+def test_a_changed_file_is_run_again(tmp_path):
+    """In one process, as in a notebook: the method belongs to the content of its file."""
+    file = tmp_path / "mine.py"
+    made = []
+    for method in ("fedavg", "local", "fedavg"):
+        file.write_text(f"from flex_jax.methods import METHODS\nmine = METHODS['{method}']\n")
+        made.append(make_method(f"{file}:mine"))
+    assert made[0] == made[2] != made[1]
