@@ -130,7 +130,9 @@ def load(lab: Lab, damage: Callable[[Path], None], folder: Path) -> Outcome:
     except Exception:  # transformers is stricter: then nothing may have changed
         expected = expected_logits(lab.folder / "model")
     require(logits.shape == expected.shape, Outcome.WRONG, f"logits {logits.shape}, transformers' {expected.shape}")
-    near = np.allclose(logits, expected, rtol=0, atol=NEAR, equal_nan=True)  # a run tells of NaN
+    if not np.isfinite(logits).all():  # no plausible number: a run tells that its loss is NaN
+        return Outcome.SURVIVED
+    near = np.allclose(logits, expected, rtol=0, atol=NEAR)
     require(near, Outcome.WRONG, f"logits differ by {np.abs(logits - expected).max():.3g} from those of transformers")
     require(decoded(path) == decoded(lab.folder / "model"), Outcome.WRONG, f"the tokenizer gives {decoded(path)}")
     return Outcome.SURVIVED
@@ -178,5 +180,5 @@ def damages(lab: Lab) -> Iterator[tuple[str, Callable[[Path], None]]]:
 
 
 def cases(lab: Lab) -> Iterator[Case]:
-    for title, damage in list(damages(lab))[: lab.count(1000, 14)]:
+    for title, damage in list(damages(lab))[: lab.count(1000, 5)]:
         yield Case(title, partial(load, lab, damage))

@@ -1,7 +1,6 @@
 """Random command lines: each value is taken as given, or refused with its key; huge ones before anything is built."""
 
 import ast
-import json
 import resource
 from collections.abc import Iterator
 from functools import partial
@@ -70,7 +69,7 @@ def same(found: Any, text: str, given: Any) -> bool:
         read = text
     words = tuple(part.strip() for part in text.split(","))
     wanted = [given, text, read, (read,), (given,), words, text.strip()]
-    wanted += [json.loads(text.lower())] if text.lower() in ("true", "false", "0", "1") else []
+    wanted += [text.lower() in ("true", "1")] if text.lower() in ("true", "false", "0", "1") else []
     wanted += [tuple(read)] if isinstance(read, list) else []
     return any(found == one and isinstance(found, bool) == isinstance(one, bool) for one in wanted)
 
@@ -81,7 +80,7 @@ def command_line(flags: list[tuple[str, Any]], folder: Path) -> Outcome:
     try:
         config, _ = parse(["--config", f"{ROOT}/configs/default.py", "--workdir", str(folder / "run"), *words])
     except InputError as error:
-        named = [key for key, _ in flags if key.split(".")[-1] in str(error)]
+        named = [key for key, _ in flags if key.split(".")[-1] in str(error) or key.rpartition(".")[0] in str(error)]
         require(named, Outcome.TRACEBACK, f"{words} refused without the key: {str(error)[:300]}")
         return Outcome.REFUSED
     if method := last.pop("method", ""):  # becomes the only one of methods

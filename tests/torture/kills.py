@@ -45,7 +45,8 @@ def cases(lab: Lab) -> Iterator[Case]:
             when = "after" if after else "before"
             run = partial(kill_at_call, reference, target, number, after)
             yield Case(f"{name}: killed {when} call {number} of {target}", run, uses_jax=False)
-        for instants in [(random.random(),) for _ in range(lab.count(3, 0))] + [(random.random(),) * 2]:
+        for number in (1, 1, 1, 2)[: lab.count(4, 0)]:
+            instants = tuple(random.random() for _ in range(number))
             yield Case(
                 f"{name}: killed at {instants[0]:.2f} of its time, {len(instants)} times",
                 partial(kill_at_instant, reference, instants),

@@ -98,7 +98,7 @@ def named_clients(lab: Lab, kind: str, key: str, folder: Path) -> Outcome:
 def path_names(lab: Lab, name: str, folder: Path) -> Outcome:
     """The work directory, the data and the method's file have this in their path."""
     os.chdir(folder)
-    place = folder / (name.replace("/", "∕").replace("\x00", "")[:80])
+    place = folder / (name.replace("/", "∕")[:80])
     place.mkdir()
     (place / "mine.py").write_text(
         "from flex_jax import Method\n\ndef mine():\n    return Method(ownership=((r'.*', 'shared'),))\n"
@@ -151,7 +151,7 @@ def cases(lab: Lab) -> Iterator[Case]:
         for key in ("who", "category"):
             yield Case(f"{kind} in {key}", partial(named_clients, lab, kind, key))
     for kind, names in HOSTILE.items():
-        if kind not in ("words", "alike", "options"):
+        if kind not in ("words", "alike", "options", "NUL"):
             yield Case(f"{kind} in paths", partial(path_names, lab, names[1]))
     flags = [("generate", flag) for flag in ("--client", "--prompt", "--context", "--method", "--workdir", "--prompts")]
     flags += [("export", flag) for flag in ("--client", "--method", "--workdir", "--format")]
