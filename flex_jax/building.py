@@ -196,9 +196,6 @@ def check_method_names(config: ConfigDict) -> None:
                 raise InputError(f"{key} names no method of this run: the nearest is {nearest}")
             if section == "hparams" and (factory := METHODS.get(bases.get(name, name))):
                 check_hparams(factory, config.hparams[name].to_dict(), key)
-    for name in (name for name in config.methods if bases.get(name, name) != name):
-        if own := [f"config.{section}.{bases[name]}" for section in OPEN_SECTIONS if bases[name] in config[section]]:
-            tell(f"{name} is a variant of {bases[name]}, but {' and '.join(own)} are not for it")
     if unused:
         tell(f"not used, as config.methods does not name them: config.{', '.join(unused)}")
 

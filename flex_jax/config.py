@@ -223,6 +223,8 @@ def name_methods(config: ConfigDict) -> None:
     names = []
     for method in given:
         path, colon, name = method.rpartition(":")
+        if not colon and not re.fullmatch(r"[^\W\d]\w*", method):
+            raise InputError(f"config.methods names {method!r:.80}: must be a method's name or path/to/file.py:name")
         if colon:
             if not name.isidentifier():
                 raise InputError(f"config.method is {method!r}: must be a method's name or path/to/file.py:name")

@@ -32,7 +32,7 @@ from flex_jax.metrics_log import missing_rounds, read_metrics
 from flex_jax.reporting.page import write_report
 from flex_jax.reporting.tables import plan_table, summary_table
 from flex_jax.results import Failure, Results, read_results, summarise, write_results
-from flex_jax.terminal import tell
+from flex_jax.terminal import tell, visible
 from flex_jax.training import run_one
 from flex_jax.workdir import Workdir, check, inputs_of, run_identity, take_up
 
@@ -143,7 +143,7 @@ def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[s
     write_report(page, results, metrics, notes=notes, config=config.to_dict(), data=data)
     write_text(workdir.path / "summary.txt", f"{summary_table(results)}\n")
     print(summary_table(results))
-    print(f"report: {page}")
+    print(visible(f"report: {page}"))
 
 
 def check_results(results: Results, methods: list[PreparedMethod], workdir: Workdir) -> None:

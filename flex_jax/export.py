@@ -18,6 +18,7 @@ from flex_jax.command import Parser, run_command
 from flex_jax.errors import InputError
 from flex_jax.files import local_path
 from flex_jax.locks import locked_directory
+from flex_jax.terminal import visible
 
 FORMATS = ("peft", "hf", "hf-merged")
 
@@ -138,7 +139,7 @@ def export(arguments: list[str]) -> None:
         write_text(directory / "README.md", f"{label} of {run.name}, round {int(run.state.round)}, from flex_jax.\n")
     how = how_to_load(options.format, options.out, family, slot=slot)
     stage = f"{run.name} after round {int(run.state.round)} of {run.config.rounds}"
-    print(f"wrote {options.out} ({options.format}, {stage}, client {label}): load it with {how}")
+    print(visible(f"wrote {options.out} ({options.format}, {stage}, client {label}): load it with {how}"))
 
 
 def main(arguments: list[str]) -> int:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flex_jax.errors import InputError
+from flex_jax.terminal import HIDDEN
 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab, newline and carriage return
-NAME = "must have at most 200 characters, none of them a control character or half a surrogate pair"
+NAME = "must have at most 200 characters, none of them a control character, mark of direction or half a surrogate pair"
 
 Row = tuple[str, dict[str, Any]]  # the place of a row, for error messages, and its columns
 
@@ -63,7 +64,7 @@ def check_rows(source: str | Path, rows: list[Row]) -> list[Row]:
 
 def is_name(text: str) -> bool:
     """Returns whether a text can name a column, a category or a client (see NAME)."""
-    return len(text) <= 200 and not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", text)
+    return len(text) <= 200 and not re.search("[\t\n]", text) and not HIDDEN.search(text)
 
 
 def numbered(source: str | Path, rows: Iterable[Any]) -> list[Row]:

@@ -14,11 +14,12 @@ import orbax.checkpoint as ocp
 from flex_jax.errors import InputError
 from flex_jax.federated.client_store import ClientStore, Damaged, named_leaves
 from flex_jax.federated.state import NO_CLIENTS, ClientState, RoundState
-from flex_jax.files import sweep
+from flex_jax.files import read_text, sweep
 from flex_jax.fingerprint import digest_arrays, digest_json
 from flex_jax.locks import reading, removing
 from flex_jax.terminal import tell
 
+METADATA = "_CHECKPOINT_METADATA"  # orbax's file with the custom metadata of a step
 Totals = Counter[str]  # what was counted over the rounds of a run, such as bytes
 
 
@@ -147,9 +148,10 @@ class Checkpoints:
         if any(not (file.is_file() or file.is_dir()) for file in files):  # reading a pipe would wait for its writer
             raise self._damaged(round, "it has something that is no file")
         try:
-            content = dict(self._manager.metadata(round).custom_metadata)
+            # Orbax's own function would read the arrays too, and print the errors of its threads if they are damaged.
+            content = json.loads(read_text(self._directory / "server" / str(round) / METADATA))["custom_metadata"]
             checksum = content.pop("sha256")
-        except Exception as error:  # orbax and its readers raise many types for damaged files
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(round, f"its label cannot be read, {type(error).__name__}") from error
         if checksum != digest_json(content) or content.get("round") != round:
             raise self._damaged(round, "its label does not have its checksum, or is of another round")
@@ -166,7 +168,7 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(like))
         try:
             stored = self._manager.restore(round, args=ocp.args.StandardRestore(target))
-        except Exception as error:  # as above
+        except Exception as error:  # orbax and its readers raise many types for damaged files
             raise self._damaged(round, f"its arrays cannot be read, {type(error).__name__}") from error
         if digest_arrays(named_leaves(stored)) != label.arrays:
             raise self._damaged(round, "its arrays do not have their checksum")

@@ -384,20 +384,3 @@ def test_a_broken_directory_is_one_line(tmp_path):
     next((tmp_path / "saved" / "train").glob("*.arrow")).write_bytes(b"no")
     with pytest.raises(InputError, match="not a readable data set of save_to_disk"):
         load_records(tmp_path / "saved")
-
-
-def test_a_key_that_is_there_twice_is_refused(tmp_path):
-    """Python would take the last one."""
-    file = tmp_path / "a.jsonl"
-    file.write_text(
-        '{"instruction": "a", "response": "b"}\n{"instruction": "a", "response": "b", "instruction": "c"}\n'
-    )
-    with pytest.raises(InputError, match=r"a\.jsonl:2: the key 'instruction' is there twice"):
-        load_data(file)
-
-
-def test_a_column_of_clients_cannot_have_the_name_of_another_part(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"q": "a", "response": "b", "passage": "c", "context": "hospital"}\n')
-    with pytest.raises(InputError, match="data.column=context: has the name of a part of the prompt"):
-        load_data(file, fields="instruction=q,context=passage", column="context")
