@@ -1,5 +1,7 @@
 """A run on disk: the state of its server after the newest finished rounds, and the states of its clients."""
 
+import contextlib
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -167,7 +169,9 @@ class Checkpoints:
     def _state(self, round: int, label: Label, like: RoundState) -> RoundState:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(like))
         try:
-            stored = self._manager.restore(round, args=ocp.args.StandardRestore(target))
+            # After the first error, threads of other reads print theirs, which say nothing more.
+            with contextlib.redirect_stderr(io.StringIO()):
+                stored = self._manager.restore(round, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and its readers raise many types for damaged files
             raise self._damaged(round, f"its arrays cannot be read, {type(error).__name__}") from error
         if digest_arrays(named_leaves(stored)) != label.arrays:

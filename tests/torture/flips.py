@@ -117,13 +117,7 @@ def damages(lab: Lab, reference: Reference, client: int, other_seed: Path) -> It
         yield f"bit {number} of the server's arrays", partial(flip, "**/d/*", *spot)
     if lab.quick:
         return
-    for pattern in (
-        "**/_METADATA",
-        "_CHECKPOINT_METADATA",
-        "**/manifest.ocdbt",
-        "**/_sharding",
-        "**/array_metadatas/*",
-    ):
+    for pattern in ("**/_METADATA", "_CHECKPOINT_METADATA", "**/manifest.ocdbt", "**/_sharding"):
         for number in range(2):
             spot = random.random(), random.random(), random.randrange(8)
             yield f"bit {number} of {pattern}", partial(flip, pattern, *spot)
