@@ -22,6 +22,7 @@ from flex_jax.building import (
 from flex_jax.command import raise_if_stopped
 from flex_jax.config import name_methods, validate
 from flex_jax.errors import Diverged, FailedRuns, InputError
+from flex_jax.federated.checkpoint import check_stored
 from flex_jax.federated.cohort import read_availability
 from flex_jax.files import write_text
 from flex_jax.fingerprint import digest_json
@@ -70,14 +71,21 @@ def run(config: ConfigDict, workdir: Path) -> Results:
             check_plan(method.name, method.plan)
         results = read_results(workdir) or new_results()
         client_names = names_of_clients(federations)
-        held = take_up(workdir, config, inputs, client_names)
-        check_results(results, methods, held)
+        identities = {
+            (method.name, seed): run_identity(method.name, method.config, seed, inputs, client_names)
+            for method in methods
+            for seed in config.seeds
+        }
+        check_results(workdir, results, identities)
+        for (name, seed), identity in identities.items():
+            check_stored(workdir / "checkpoints" / f"{name}-seed{seed}", identity)
+        opened = take_up(workdir, config, inputs, client_names)
         for line in (data.summary, *federations[config.seeds[0]].notes):
             tell(f"data: {line}")
         print(plan_table([plan_row(method) for method in methods]), flush=True)
-        run_all(methods, backbone, federations, held, results)
+        run_all(methods, backbone, federations, opened, results)
         notes = [comparison_note(config, methods), *([config.note] if config.note else [])]
-        report(config, held, results, notes, data.summary)
+        report(config, opened, results, notes, data.summary)
     if failures := results["failures"]:
         first = f"{failures[0]['method']} seed {failures[0]['seed']}: {failures[0]['error']}"
         runs = len(config.methods) * len(config.seeds)
@@ -146,16 +154,17 @@ def report(config: ConfigDict, workdir: Workdir, results: Results, notes: list[s
     print(visible(f"report: {page}"))
 
 
-def check_results(results: Results, methods: list[PreparedMethod], workdir: Workdir) -> None:
-    """Raises InputError if results are of another config or other inputs. Tells if they are of other packages."""
-    configs = {method.name: method.config for method in methods}
+def check_results(workdir: Path, results: Results, identities: dict[tuple[str, int], dict]) -> None:
+    """Raises InputError if results are of another config or other inputs. Tells if they are of other packages.
+
+    `identities` are those of the runs, by method and seed.
+    """
     for run in results["runs"]:
         name, seed = run["method"], run["seed"]
-        known = name in configs and run_identity(name, configs[name], seed, workdir.inputs, workdir.client_names)
-        if not known or run["identity"] != digest_json(known):
+        if run["identity"] != digest_json(identities.get((name, seed))):
             raise InputError(
-                f"{workdir.path / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the "
-                "file away, or give another --workdir"
+                f"{workdir / 'results.json'}: {name} seed {seed} is of another config or other inputs: move the file "
+                "away, or give another --workdir"
             )
     now = new_results()
     before = results["versions"] | {"device": results["device"]}
@@ -165,7 +174,7 @@ def check_results(results: Results, methods: list[PreparedMethod], workdir: Work
         if (found := (now["versions"] | {"device": now["device"]}).get(name)) != value
     ]
     if changed:
-        tell(f"the results in {workdir.path} began with {'; '.join(changed)}")
+        tell(f"the results in {workdir} began with {'; '.join(changed)}")
 
 
 def failure_file(workdir: Path, name: str, seed: int) -> Path:

@@ -39,7 +39,7 @@ def check(path: Path, config: ConfigDict, inputs: Inputs) -> None:
     The files of a method without a finished round may have changed: it may have failed.
     """
     check_config(path, config)
-    new = [name for name in config.methods if not any(path.glob(f"checkpoints/{escape(name)}-seed*/server/[0-9]*"))]
+    new = [name for name in config.methods if not any(path.glob(f"checkpoints/{escape(name)}-seed*/round*.json"))]
     check_inputs(path, inputs, lambda name: not name.startswith(tuple(f"method {method}: " for method in new)))
 
 

@@ -60,14 +60,14 @@ def choose_columns(fields: str, rows: list[Row]) -> Columns:
             )
         chosen[role] = candidates[0] if candidates else ""
     if missing := [role for role in ("instruction", "response") if not chosen[role]]:
-        known = "; ".join(f"{role} ({', '.join(ROLES[role])})" for role in missing)
+        names = "; ".join(f"{role} ({', '.join(ROLES[role])})" for role in missing)
         raise InputError(
             f"{rows[0][0]}: no column for the {' and the '.join(missing)}: the columns are {listing(found) or 'none'}; "
-            f"known are {known}; name others with {EXAMPLE}"
+            f"recognised are {names}; name others with {EXAMPLE}"
         )
     context = chosen["context"] if chosen["context"] in found else None
     columns = Columns(chosen["instruction"], chosen["response"], context, "all")
-    return next((known for known in FIELDS.values() if known[:3] == columns[:3]), columns)
+    return next((named for named in FIELDS.values() if named[:3] == columns[:3]), columns)
 
 
 def _named(fields: str) -> dict[str, str]:

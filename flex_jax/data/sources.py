@@ -72,12 +72,12 @@ def load_data(
     columns = choose_columns(fields, rows)
     if column in ROLES and getattr(columns, column) != column:
         raise InputError(f"data.column={column}: has the name of a part of the prompt: rename the column in the data")
-    kept = {name: [row for row in splits[name] if not skip_empty or has_texts(row[1], columns)] for name in wanted}
+    used = {name: [row for row in splits[name] if not skip_empty or has_texts(row[1], columns)] for name in wanted}
     for name in wanted:
-        if not kept[name]:
+        if not used[name]:
             raise InputError(f"{path}: no record of {name!r} has an instruction and a response")
-    records = {name: _records(kept[name], columns) for name in wanted}
-    skipped = len(rows) - sum(map(len, kept.values()))
+    records = {name: _records(used[name], columns) for name in wanted}
+    skipped = len(rows) - sum(map(len, used.values()))
     summary = [
         f"{len(records[split])} records of {path}"
         + (f", {len(records[test_split])} of its split {test_split} for testing" if test_split else "")

@@ -1,7 +1,5 @@
 """A run on disk: the state of its server after the newest finished rounds, and the states of its clients."""
 
-import contextlib
-import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -14,14 +12,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flex_jax.errors import InputError
-from flex_jax.federated.client_store import ClientStore, Damaged, named_leaves
+from flex_jax.federated.client_store import ClientStore, Damaged
 from flex_jax.federated.state import NO_CLIENTS, ClientState, RoundState
-from flex_jax.files import read_text, sweep
-from flex_jax.fingerprint import digest_arrays, digest_json
+from flex_jax.files import read_text, sweep, write_json
+from flex_jax.fingerprint import Fingerprint, differences, digest_json, of_files
 from flex_jax.locks import reading, removing
 from flex_jax.terminal import tell
 
-METADATA = "_CHECKPOINT_METADATA"  # orbax's file with the custom metadata of a step
 Totals = Counter[str]  # what was counted over the rounds of a run, such as bytes
 
 
@@ -30,16 +27,17 @@ class Label(NamedTuple):
 
     newest: np.ndarray  # the table of client files, see ClientStore
     totals: Totals
-    arrays: str  # checksum of the server state
+    files: dict[str, Fingerprint]  # of the server state
 
 
 class Checkpoints:
     """The rounds of one run in a directory. Use as a context manager.
 
-    A round is saved once orbax has committed its server state with its label: the identity of the run, the table of
-    client files, the totals and checksums. Client files are written before that under new names. All of it happens in
-    the background while the next round runs. A round that was interrupted writes the same files when it runs again.
-    The round before is kept, with its client files, and takes the place of the newest one if that is damaged.
+    A round is stored once its label is written: the identity of the run, the table of client files, the totals, and the
+    sizes and digests of the files of the server state. Client files and the server state, by orbax, are written before
+    that under new names. All of it happens in the background while the next round runs. A round that was interrupted
+    writes the same files when it runs again. The round before stays stored, with its client files, and takes the place
+    of the newest one if that is damaged.
 
     Args:
         directory: of the run.
@@ -63,6 +61,7 @@ class Checkpoints:
         if not read_only:
             (directory / "clients").mkdir(parents=True, exist_ok=True)
             (directory / ".reading").touch()
+            sweep(directory)
             sweep(directory / "clients")
         options = ocp.CheckpointManagerOptions(
             create=not read_only, cleanup_tmp_directories=not read_only, enable_async_checkpointing=False
@@ -102,15 +101,14 @@ class Checkpoints:
         restored = self._newest_sound(like, self.clients.check)
         last = int(restored[0].round) if restored else 0
         with removing(self._directory, wait=True):
-            for round in sorted(self._manager.all_steps(), reverse=True):
+            for round in self._rounds():
                 try:
-                    label = self._label(round)
-                except Damaged:
-                    label = None
-                if label and round <= last and len(self._tables) < 2:
-                    self._tables[round] = label.newest
-                else:
-                    self._manager.delete(round)
+                    if round <= last and len(self._tables) < 2:
+                        self._tables[round] = self._label(round).newest
+                except Damaged:  # an older round, which nobody needs
+                    continue
+            for round in {*self._rounds(), *self._manager.all_steps()} - self._tables.keys():
+                self._remove(round)
             self.clients.remove_except(list(self._tables.values()))
         return restored
 
@@ -128,7 +126,7 @@ class Checkpoints:
     def _newest_sound(self, like: RoundState, check_clients: Callable[[int], None]) -> tuple[RoundState, Totals] | None:
         """Reads rounds, the newest first, until one is sound. `check_clients` raises Damaged if its clients are not."""
         first: Damaged | None = None
-        for round in sorted(self._manager.all_steps(), reverse=True):
+        for round in self._rounds():
             try:
                 label = self._label(round)
                 state = self._state(round, label, like)
@@ -145,60 +143,82 @@ class Checkpoints:
         return None
 
     def _label(self, round: int) -> Label:
-        """Reads what was saved with a round. Raises Damaged, or InputError if it is of another run."""
-        files = (self._directory / "server" / str(round)).rglob("*")
-        if any(not (file.is_file() or file.is_dir()) for file in files):  # reading a pipe would wait for its writer
-            raise self._damaged(round, "it has something that is no file")
-        try:
-            # Orbax's own function would read the arrays too, and print the errors of its threads if they are damaged.
-            content = json.loads(read_text(self._directory / "server" / str(round) / METADATA))["custom_metadata"]
-            checksum = content.pop("sha256")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(round, f"its label cannot be read, {type(error).__name__}") from error
-        if checksum != digest_json(content) or content.get("round") != round:
-            raise self._damaged(round, "its label does not have its checksum, or is of another round")
-        if different := sorted(key for key, value in self._identity.items() if content["identity"].get(key) != value):
-            raise InputError(
-                f"{self._directory}: of another run (different: {', '.join(different)}); without it the same command "
-                "starts this run again"
-            )
+        """Reads the label of a stored round. Raises Damaged, or InputError if it is of another run."""
+        content = _read_label(self._label_file(round))
+        if content is None or content["round"] != round:
+            raise Damaged(self._label_file(round), self._directory, "it is not what was written")
+        _check_identity(self._directory, content["identity"], self._identity)
         newest = np.zeros_like(self.clients.newest)
         newest[[int(client) for client in content["newest"]]] = list(content["newest"].values())
-        return Label(newest, Totals(content["totals"]), content["arrays"])
+        return Label(newest, Totals(content["totals"]), content["files"])
 
     def _state(self, round: int, label: Label, like: RoundState) -> RoundState:
+        """Reads the server's state. Raises Damaged before orbax reads anything that was not written so."""
+        step = self._directory / "server" / str(round)
+        if changed := list(differences(label.files, _files(step))):
+            raise Damaged(step, self._directory, changed[0])
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(like))
-        try:
-            # After the first error, threads of other reads print theirs, which say nothing more.
-            with contextlib.redirect_stderr(io.StringIO()):
-                stored = self._manager.restore(round, args=ocp.args.StandardRestore(target))
-        except Exception as error:  # orbax and its readers raise many types for damaged files
-            raise self._damaged(round, f"its arrays cannot be read, {type(error).__name__}") from error
-        if digest_arrays(named_leaves(stored)) != label.arrays:
-            raise self._damaged(round, "its arrays do not have their checksum")
-        return like._replace(**stored)
-
-    def _damaged(self, round: int, reason: str) -> Damaged:
-        return Damaged(self._directory / "server" / str(round), self._directory, reason)
+        return like._replace(**self._manager.restore(round, args=ocp.args.StandardRestore(target)))
 
     def _write(self, state: RoundState, totals: Totals, client_states: dict[int, dict[str, np.ndarray]]) -> None:
-        round, arrays = int(state.round), _arrays(state)
+        round = int(state.round)
         newest = self.clients.write(client_states, round)
+        self._manager.save(round, args=ocp.args.StandardSave(_arrays(state)))
         label: dict[str, Any] = {
             "identity": self._identity,
             "round": round,
             "newest": {str(client): int(newest[client]) for client in np.flatnonzero(newest)},
             "totals": dict(totals),
-            "arrays": digest_arrays(named_leaves(arrays)),
+            "files": _files(self._directory / "server" / str(round)),
         }
-        label["sha256"] = digest_json(label)
-        self._manager.save(round, args=ocp.args.StandardSave(arrays), custom_metadata=label)
+        write_json(self._label_file(round), label | {"sha256": digest_json(label)})
         self.clients.commit(newest)
         self._tables[round] = newest
         with removing(self._directory) as nobody_reads:
             for old in sorted(self._tables)[:-2] if nobody_reads else []:
-                self._manager.delete(old)
+                self._remove(old)
                 self.clients.remove_replaced(self._tables.pop(old), list(self._tables.values()))
+
+    def _remove(self, round: int) -> None:
+        self._label_file(round).unlink(missing_ok=True)  # first: a label without its round would be damage
+        if round in self._manager.all_steps():
+            self._manager.delete(round)
+
+    def _label_file(self, round: int) -> Path:
+        return self._directory / f"round{round:06d}.json"
+
+    def _rounds(self) -> list[int]:
+        """Returns the rounds that have a label, the newest first."""
+        names = (file.stem.removeprefix("round") for file in self._directory.glob("round*.json"))
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def check_stored(directory: Path, identity: dict[str, Any]) -> None:
+    """Raises InputError if the newest sound label in a run's directory is of another identity."""
+    labels = map(_read_label, sorted(directory.glob("round*.json"), reverse=True))
+    if newest := next(filter(None, labels), None):
+        _check_identity(directory, newest["identity"], json.loads(json.dumps(identity)))
+
+
+def _check_identity(directory: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if different := sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key)):
+        raise InputError(
+            f"{directory}: of another run (different: {', '.join(different)}); without it the same command starts this "
+            "run again"
+        )
+
+
+def _read_label(file: Path) -> dict[str, Any] | None:
+    """Returns what was written into a label, without its checksum; None if that is not what the file has."""
+    try:
+        content = json.loads(read_text(file))
+        return content if content.pop("sha256") == digest_json(content) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _files(step: Path) -> dict[str, Fingerprint]:
+    return of_files({str(file.relative_to(step)): file for file in sorted(step.rglob("*")) if file.is_file()})
 
 
 def _arrays(state: RoundState) -> dict[str, Any]:

@@ -25,13 +25,13 @@ def check_contract(spec: MethodSpec, frozen: Frozen, state: RoundState, *, model
     if not isinstance(client.extra, dict):
         raise TypeError(f"client.init_extra must return a dict, not {type(client.extra).__name__}")
     adapters = jax.eval_shape(partial(client_variables, spec), frozen, state.server, client)["adapters"]
-    known, composed = (set(flatten_dict(tree, sep="/")) for tree in (model_adapters, adapters))
+    readable, composed = (set(flatten_dict(tree, sep="/")) for tree in (model_adapters, adapters))
     params = flatten_dict(frozen.params, sep="/")
     projections = {path.rpartition("/")[0] for path in params if path.endswith("/kernel")}
-    for path in sorted(composed - known):
+    for path in sorted(composed - readable):
         if spec.method.projection is LORA or path.rpartition("/")[0] not in projections:
             raise TypeError(
-                f"compose returns {path}, which the model does not read: it reads {', '.join(sorted(known))}"
+                f"compose returns {path}, which the model does not read: it reads {', '.join(sorted(readable))}"
             )
 
     def run_client(server, client):

@@ -128,12 +128,16 @@ GOOD = jsonl(ROWS[:1])
         ("a.jsonl", GOOD.replace(b'chat"', b'a\\u0007"'), "a.jsonl:1: a category must have at most 200 characters"),
         ("a.jsonl", GOOD.replace(b"chat", b"c" * 300), "a.jsonl:1: a category must have at most 200 characters"),
         ("a.json", b'{"data": [{"instruction": "q"}]}', "a.json: must be a list of records or one record a line"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "a.jsonl:1: no column for .* columns are messages; known"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user"}]}',
+            "a.jsonl:1: no column for .* columns are messages; recognised",
+        ),
         ("a.parquet", b"PAR1", "a.parquet: not a readable parquet file"),
         (
             "a.jsonl",
             b'{"text": "t"}',
-            "a.jsonl:1: no column for the instruction and the response: the columns are text; known are ins",
+            "a.jsonl:1: no column for the instruction and the response: the columns are text; recognised are ins",
         ),
     ],
 )

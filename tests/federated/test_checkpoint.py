@@ -1,5 +1,6 @@
 """Rounds on disk, and the states of clients that are read from there."""
 
+import os
 import shutil
 import threading
 from collections import Counter
@@ -182,7 +183,22 @@ def of_an_older_round(directory):
 
 
 def without_a_label(directory):
-    (directory / "server/2/_CHECKPOINT_METADATA").write_text("{}")
+    (directory / "round000002.json").write_text("{}")
+
+
+def a_pipe(directory):
+    file = next((directory / "server/2/default/d").iterdir())
+    file.unlink()
+    os.mkfifo(file)
+
+
+def another_file(directory):
+    (directory / "server/2/default/d/more").write_text("")
+
+
+def a_file_in_its_place(directory):
+    shutil.rmtree(directory / "server/2")
+    (directory / "server/2").write_text("")
 
 
 def without_arrays(directory):
@@ -198,6 +214,10 @@ DAMAGES = [
     flip_in("server/2/default/d/*"),
     flip_in("server/2/default/manifest.ocdbt"),
     flip_in("server/2/_CHECKPOINT_METADATA"),
+    flip_in("round000002.json"),
+    a_pipe,
+    another_file,
+    a_file_in_its_place,
     flip_in("clients/client000003-round000002*"),
     rewrite(not_a_number),
     rewrite(half_precision),
@@ -238,10 +258,10 @@ def test_a_run_without_a_sound_round_is_refused_and_left_alone(opened, tmp_path)
         for number in (1, 2):
             save_round(checkpoints, begun, number, [3, 4])
     for round in (1, 2):
-        (tmp_path / f"server/{round}/_CHECKPOINT_METADATA").write_text("{}")
+        (tmp_path / f"round{round:06d}.json").write_text("{}")
     before = files(tmp_path)
     again, begun = opened("local")
-    with again, pytest.raises(InputError, match=rf"server/2: lost or damaged .* without {tmp_path} the same command"):
+    with again, pytest.raises(InputError, match=rf"round000002.json: lost .* without {tmp_path} the same command"):
         again.restore(begun.state)
     assert files(tmp_path) == before and len(list((tmp_path / "server").iterdir())) == 2
 

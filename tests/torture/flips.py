@@ -34,9 +34,9 @@ def newest(workdir: Path, client: int | None = None) -> list[Path]:
 
 def flip(pattern: str, position: float, which: float, bit: int, workdir: Path) -> str:
     """Flips a bit of a file of the newest round."""
-    files = (
-        newest(workdir) if pattern == "clients" else sorted(workdir.glob(f"checkpoints/*/server/{ROUNDS}/{pattern}"))
-    )
+    places = {"label": f"checkpoints/*/round{ROUNDS:06d}.json"}
+    place = places.get(pattern, f"checkpoints/*/server/{ROUNDS}/{pattern}")
+    files = newest(workdir) if pattern == "clients" else sorted(workdir.glob(place))
     files = [file for file in files if file.is_file() and file.stat().st_size]
     sizes = np.cumsum([file.stat().st_size for file in files])
     file = files[int(np.searchsorted(sizes, which * sizes[-1], side="right"))]  # the larger, the likelier
@@ -69,7 +69,8 @@ def overwrite(value: float, client: int, workdir: Path) -> str:
     with safe_open(file, "np") as opened:
         arrays, label = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()
     for array in arrays.values():
-        array[...] = value
+        if np.isfinite(value) or np.issubdtype(array.dtype, np.floating):
+            array[...] = value
     save_file(arrays, file, label)
     return file.name
 
@@ -117,7 +118,7 @@ def damages(lab: Lab, reference: Reference, client: int, other_seed: Path) -> It
         yield f"bit {number} of the server's arrays", partial(flip, "**/d/*", *spot)
     if lab.quick:
         return
-    for pattern in ("**/_METADATA", "_CHECKPOINT_METADATA", "**/manifest.ocdbt", "**/_sharding"):
+    for pattern in ("label", "**/_METADATA", "_CHECKPOINT_METADATA", "**/manifest.ocdbt", "**/_sharding"):
         for number in range(2):
             spot = random.random(), random.random(), random.randrange(8)
             yield f"bit {number} of {pattern}", partial(flip, pattern, *spot)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from functools import partial
@@ -19,9 +20,10 @@ ESCAPE, OVERRIDE, BIDI = (
     "\u202egnp.exe\u202c",
     set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"),
 )
+ELSEWHERE = Path(tempfile.gettempdir()) / "torture-outside"  # an absolute path, which no run may write to
 HOSTILE = {
     "quotes": ["'", '"', "`$(touch pwned)`", "a';b"],
-    "paths": ["../../outside", "/tmp/torture-pwned", "..", "a/b\\c"],
+    "paths": ["../../outside", str(ELSEWHERE), "..", "a/b\\c"],
     "control": ["a\nb", ESCAPE, "a\rb\tc", "\x7f\x85\u2028"],
     "NUL": ["a\x00b", "\x00", "\x00\x01", "b\x00"],
     "HTML": ["<script>alert(1)</script>", "</td></table><img src=x onerror=alert(1)>", "&lt;&amp;", "{{7*7}}${7*7}"],
@@ -54,7 +56,7 @@ def outside(folder: Path) -> set[str]:
     found = {
         str(path.relative_to(folder)) for path in folder.rglob("*") if "run" not in path.relative_to(folder).parts[:1]
     }
-    return found | {str(path) for path in [Path("/tmp/torture-pwned"), folder.parent / "outside"] if path.exists()}
+    return found | {str(path) for path in [ELSEWHERE, folder.parent / "outside"] if path.exists()}
 
 
 def named_clients(lab: Lab, kind: str, key: str, folder: Path) -> Outcome:
